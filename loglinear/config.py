@@ -1,0 +1,322 @@
+"""The whole description of a run: validated, frozen, read from YAML, overridden by `section.key=value`.
+
+Nothing here imports torch, so a mistake is found before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from loglinear.errors import UserError
+
+Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
+LevelScaleName = Literal[
+    "none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"
+]
+MixerName = Literal["log_linear", "softmax"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[\w.\-]+$")
+    dir: Path | None = None
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where everything that the run writes lies."""
+        return self.dir or Path("runs") / self.name
+
+
+class LogLinearConfig(Section):
+    """A log-linear mixer: H value heads of size P, G query/key groups of state size N."""
+
+    heads: PositiveInt = 8
+    head_dim: PositiveInt = 64
+    groups: PositiveInt = 1
+    state_dim: PositiveInt = 64
+    conv_width: PositiveInt = 4
+    level_scale: LevelScaleName = "mlp"
+    level_scale_hidden: PositiveInt = 64
+    beyond_trained_levels: Literal["error", "clamp"] = "clamp"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.heads % self.groups:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of groups ({self.groups})")
+        return self
+
+
+class SoftmaxConfig(Section):
+    """A softmax attention mixer with rotary positions."""
+
+    heads: PositiveInt = 4
+    head_dim: PositiveInt = 64
+    rope_base: float = Field(10_000.0, gt=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, for rotary positions")
+        return self
+
+
+class ModelConfig(Section):
+    """A decoder: `layers` blocks whose mixers repeat `pattern`, trained on sequences of `seq_len` tokens."""
+
+    vocab_size: PositiveInt = 4096
+    seq_len: PositiveInt = 512
+    dim: PositiveInt = 256
+    layers: PositiveInt = 4
+    pattern: tuple[MixerName, ...] = Field(("log_linear",), min_length=1)
+    log_linear: LogLinearConfig = LogLinearConfig()
+    softmax: SoftmaxConfig = SoftmaxConfig()
+    mlp_dim: PositiveInt = 768
+    tie_embeddings: bool = True
+    norm_eps: float = Field(1e-5, gt=0)
+    init_std: float = Field(0.02, gt=0)
+
+    def mixer_of(self, layer: int) -> MixerName:
+        """The mixer of layer `layer` (0-based): the pattern is repeated along the depth."""
+        return self.pattern[layer % len(self.pattern)]
+
+
+class SourceConfig(Section):
+    """Where documents come from.
+
+    `hub`: a dataset's name in `path`, streamed; `jsonl`, `parquet`, `text`: a file or a glob, compressed or not;
+    `folder`: every file below `path` that matches `pattern`; `stdlib`: the running Python's own source.
+    """
+
+    kind: Literal["hub", "jsonl", "parquet", "text", "folder", "stdlib"]
+    path: str | None = None
+    pattern: str = "**/*"
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "stdlib" and self.path is not None:
+            raise ValueError("kind stdlib takes no path: it is the running Python's own source")
+        if self.kind != "stdlib" and not self.path:
+            raise ValueError(f"kind {self.kind} needs a path")
+        return self
+
+
+class TokenizerConfig(Section):
+    """A sentencepiece model: the file `path`, or one trained on the first `train_bytes` bytes of the sources."""
+
+    path: Path | None = None
+    train_bytes: PositiveInt = 8_000_000
+
+
+class DataConfig(Section):
+    """Prepared token shards in `dir`, made from `sources`; documents whose hash falls under `held_out` are not trained on."""
+
+    dir: Path = Path("data/prepared")
+    sources: tuple[SourceConfig, ...] = Field((SourceConfig(kind="stdlib"),), min_length=1)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    held_out: float = Field(0.02, gt=0, lt=1)
+    shard_tokens: PositiveInt = 4_194_304
+    prepare_workers: PositiveInt = 2
+    seed: int = 0
+    shuffle_window: PositiveInt = 4096
+    loader_workers: int = Field(1, ge=0)
+
+
+class OptimizerConfig(Section):
+    """AdamW; weight decay acts on matrices alone."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up to the peak, then a cosine to `final_ratio`, or constant with a linear decay at the end (WSD)."""
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)
+    final_ratio: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "wsd" and self.decay_steps == 0:
+            raise ValueError("kind wsd needs decay_steps, the length of its final decay")
+        if self.kind == "cosine" and self.decay_steps:
+            raise ValueError("decay_steps belongs to kind wsd; a cosine decays over all steps after the warm-up")
+        return self
+
+
+class TrainConfig(Section):
+    """Batches count sequences: `global_batch` over all ranks, `micro_batch` in one pass of one rank."""
+
+    steps: PositiveInt = 1000
+    global_batch: PositiveInt = 8
+    micro_batch: PositiveInt = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[1, 2, 3] = 1
+    activation_checkpointing: bool = False
+    peak_tflops: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """Held-out evaluation every `every` steps on at most `samples` sequences, and a text continued from `prompt`."""
+
+    every: PositiveInt = 250
+    samples: PositiveInt = 256
+    prompt: str = "def "
+    generate_tokens: int = Field(64, ge=0)
+
+
+class MonitorConfig(Section):
+    """TensorBoard: scalars every `every` steps, level-scale statistics every `levels_every`."""
+
+    every: PositiveInt = 10
+    levels_every: PositiveInt = 100
+
+
+class CheckpointConfig(Section):
+    """Saved every `every` steps; the last `keep_last` are kept, and those whose step is a multiple of `keep_every`."""
+
+    every: PositiveInt = 250
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        busy = self.schedule.warmup_steps + self.schedule.decay_steps
+        if busy > self.train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps ({busy}) exceed train.steps ({self.train.steps})"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, validate.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, or values contradict each other.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file; the examples are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: the top level must be sections such as `model:` and `train:`")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r}: write it as section.key=value, such as optimizer.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
+    node = tree
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {key!r} is a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a failed validation as one sentence."""
+    problem = error.errors()[0]
+    location, kind = problem["loc"], problem["type"]
+    name = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        return f"unknown key {name!r}; {_nearest(location)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{name}: {message}" if name else message
+    shown = repr(problem["input"])
+    return f"{name} = {shown if len(shown) < 60 else type(problem['input']).__name__}: {message}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """A hint: the known key most like the unknown one at `location`."""
+    known = {name: ".".join((*path, name)) for path, section in _sections() for name in section.model_fields}
+    siblings = next((s.model_fields for path, s in _sections() if path == _path(location[:-1])), {})
+    unknown = str(location[-1])
+    match = difflib.get_close_matches(unknown, siblings, 1) or difflib.get_close_matches(unknown, known, 1)
+    if not match:
+        return f"known there: {', '.join(siblings)}"
+    full = ".".join((*_path(location[:-1]), match[0])) if match[0] in siblings else known[match[0]]
+    return f"did you mean {full!r}?"
+
+
+def _path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in location if isinstance(part, str))
+
+
+def _sections(
+    section: type[Section] = Config, path: tuple[str, ...] = ()
+) -> typing.Iterator[tuple[tuple[str, ...], type[Section]]]:
+    """Every section of the configuration with its dotted path."""
+    yield path, section
+    for name, field in section.model_fields.items():
+        for annotation in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(annotation, type) and issubclass(annotation, Section):
+                yield from _sections(annotation, (*path, name))
