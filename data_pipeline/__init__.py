@@ -1,0 +1,1 @@
+"""Documents in, shuffled token batches out: sources, tokenizer, shards, order and loader."""

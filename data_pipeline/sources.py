@@ -1,0 +1,159 @@
+"""Where documents come from: every source is one stream of documents in an order that never changes."""
+
+from __future__ import annotations
+
+import glob
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from loglinear.config import SourceConfig
+from loglinear.errors import UserError
+
+NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    text: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A place in the stream whose content is left out, and why."""
+
+    name: str
+    reason: str
+
+
+def iterate_documents(sources: Sequence[SourceConfig], skip: int = 0) -> Iterator[Document | Skipped]:
+    """All documents of all sources, one source after the other, without the first `skip` items.
+
+    Items that are left out are yielded as `Skipped`, so a position in the stream counts them too.
+
+    Raises:
+        UserError: a path or dataset is missing, unreadable or not UTF-8, or has no such text field.
+    """
+    yield from islice(chain.from_iterable(_open(source) for source in sources), skip, None)
+
+
+def _open(source: SourceConfig) -> Iterator[Document | Skipped]:
+    path = source.path or sysconfig.get_paths()["stdlib"]
+    if source.kind == "stdlib":
+        return _folder(Path(path), "**/*.py", NOT_STDLIB)
+    if source.kind == "folder":
+        return _folder(Path(path), source.pattern, frozenset())
+    if source.kind == "hub":
+        return _hub(source, path)
+    return _local(source, path)
+
+
+def _folder(root: Path, pattern: str, without: frozenset[str]) -> Iterator[Document | Skipped]:
+    """Every file below `root` that matches `pattern` and passes through no folder named in `without`."""
+    if not root.is_dir():
+        raise UserError(f"data.sources: there is no folder {root}; correct the path")
+    names = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
+    names = [name for name in names if without.isdisjoint(Path(name).parts)]
+    if not names:
+        raise UserError(f"data.sources: no file below {root} matches {pattern!r}; correct path or pattern")
+    for name in names:
+        try:
+            text = (root / name).read_bytes().decode()
+        except UnicodeDecodeError:
+            yield Skipped(name, "not UTF-8")
+        except OSError as error:
+            raise UserError(f"data.sources: cannot read {root / name} ({error.strerror})") from None
+        else:
+            yield _item(text, name)
+
+
+def _local(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
+    """The documents of the local files that `path` names or matches, file after file."""
+    files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
+    if not files:
+        raise UserError(f"data.sources: no file {path}; correct the path of this {source.kind} source")
+    with tempfile.TemporaryDirectory() as cache:
+        for file in files:
+            rows = _guarded(_local_rows(source, file, cache), lambda error, file=file: _bad_file(file, source, error))
+            yield from _documents(rows, source.text_field, file)
+
+
+def _local_rows(source: SourceConfig, file: str, cache: str) -> Iterator[dict[str, Any]]:
+    """The rows of one file; `cache` takes the locks that the library leaves behind."""
+    datasets = _quiet_datasets()
+    builder = {"jsonl": "json", "parquet": "parquet", "text": "text"}[source.kind]
+    options = {"sample_by": "document"} if source.kind == "text" else {}
+    yield from datasets.load_dataset(
+        builder, data_files=[glob.escape(file)], split="train", streaming=True, cache_dir=cache, **options
+    )
+
+
+def _hub(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
+    def rows() -> Iterator[dict[str, Any]]:
+        datasets = _quiet_datasets()
+        yield from datasets.load_dataset(path, source.subset, split=source.split, streaming=True)
+
+    def failed(error: Exception) -> UserError:
+        return UserError(
+            f"data.sources: cannot stream dataset {path!r}, subset {source.subset!r}, split {source.split!r}"
+            f" ({_first_line(error)}); check its name, the network and, for a gated dataset, HF_TOKEN"
+        )
+
+    return _documents(_guarded(rows(), failed), source.text_field, path)
+
+
+def _quiet_datasets() -> Any:
+    """Hugging Face `datasets` without its own bars and log lines; imported late, for it takes a second."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
+def _guarded(rows: Iterable[Any], explain: Callable[[Exception], UserError]) -> Iterator[Any]:
+    """`rows`, with whatever the library raises turned into one sentence."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise explain(error) from error
+
+
+def _bad_file(file: str, source: SourceConfig, error: Exception) -> UserError:
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(
+            f"data.sources: {file} is not UTF-8; convert it, such as with `iconv -f LATIN1 -t UTF-8`"
+        )
+    return UserError(
+        f"data.sources: {file} is not readable as {source.kind} ({_first_line(error)}); repair or remove it"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _documents(rows: Iterable[dict[str, Any]], field: str, origin: str) -> Iterator[Document | Skipped]:
+    """The text field of every row; the name of row i is `origin:i`, counted from 0."""
+    for number, row in enumerate(rows):
+        if field not in row:
+            known = ", ".join(sorted(row))
+            raise UserError(f"data.sources: {origin} has no field {field!r}; set text_field to one of: {known}")
+        text = row[field]
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"data.sources: field {field!r} of {origin} row {number} holds {type(text).__name__}, not text;"
+                " set text_field to a field that holds text"
+            )
+        yield _item(text or "", f"{origin}:{number}")
+
+
+def _item(text: str, name: str) -> Document | Skipped:
+    return Skipped(name, "empty") if not text or text.isspace() else Document(text, name)

@@ -1,0 +1,163 @@
+"""A sentencepiece tokenizer that keeps text exactly: decode(encode(text)) == text for any UTF-8 text."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.files import write_bytes
+from loglinear.errors import UserError
+
+SPACE_MARK = "\u2581"  # sentencepiece writes a space so; the character itself must travel as bytes
+LINE_CHARS = 4000  # a training sentence's longest: the trainer counts symbols of a word in 16 bits
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Train a byte-fallback BPE model of `vocab_size` pieces on `texts` and write it atomically to `path`.
+
+    The same texts give the same file, byte for byte.
+
+    Raises:
+        UserError: there is too little text for so many pieces, or too few pieces for bytes and characters.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=4 * LINE_CHARS,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), vocab_size)) from error
+    write_bytes(path, model.getvalue())
+
+
+class Tokenizer:
+    """A loaded model.
+
+    Attributes:
+        vocab_size: number of pieces.
+        bos_id: the piece that starts every document and stands nowhere else.
+        unk_id: never produced thanks to byte fallback; what padding is filled with.
+        sha256: fingerprint of the model file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load `path`.
+
+        Raises:
+            UserError: the file is missing, no sentencepiece model, or has no bos piece or no byte pieces.
+        """
+        import sentencepiece
+
+        try:
+            proto = path.read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except OSError as error:
+            raise UserError(f"{path}: cannot read this tokenizer ({error.strerror}); correct its path") from None
+        except RuntimeError:
+            raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again") from None
+        self.vocab_size: int = self._model.get_piece_size()
+        if self.vocab_size == 0:
+            raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again")
+        self.bos_id: int = self._model.bos_id()
+        self.unk_id: int = self._model.unk_id()
+        self.sha256 = hashlib.sha256(proto).hexdigest()
+        if self.bos_id < 0:
+            raise UserError(f"{path} has no bos piece, which must start every document; train it with bos_id")
+        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        if self.unk_id in mark:
+            raise UserError(f"{path} has no byte pieces, so some text would be lost; train it with byte_fallback")
+        self._mark = mark
+        # Lines are encoded twice as fast as whole documents; the pieces agree when no piece spans a newline.
+        self._by_line = self._encode("a\n b") == self._encode("a\n") + self._encode(" b")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The little-endian unsigned type that holds every token."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def encode(self, text: str) -> list[int]:
+        """The pieces of `text`, without bos."""
+        first, *others = text.split(SPACE_MARK)
+        tokens = self._encode_plain(first)
+        for part in others:
+            tokens += self._mark
+            tokens += self._encode_plain(part)
+        return tokens
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array of `dtype` a text: bos, then its pieces."""
+        return [np.array([self.bos_id, *self.encode(text)], dtype=self.dtype) for text in texts]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`; bos is left out."""
+        return self._model.decode([int(token) for token in tokens])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not self._by_line:
+            return self._encode(text)
+        lines = text.split("\n")
+        ended = [line + "\n" for line in lines[:-1]] + lines[-1:]
+        return list(chain.from_iterable(self._model.encode(ended, num_threads=1)))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer in `path`, for a model of `vocab_size` embeddings.
+
+    Raises:
+        UserError: the file is missing or unfit, or has more pieces than the model has embeddings.
+    """
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} pieces, but model.vocab_size is {vocab_size};"
+            f" set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            yield from (line[i : i + LINE_CHARS] for i in range(0, len(line), LINE_CHARS))
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    """The trainer's complaint as one sentence."""
+    if "too high" in message:
+        most = message.rpartition("<=")[2].strip(" .")
+        return (
+            f"model.vocab_size = {vocab_size}: the training text is too small for so many pieces;"
+            f" set it to at most {most}, or give more text"
+        )
+    if "smaller than required_chars" in message:
+        least = message.partition(" vs ")[2].partition(".")[0]
+        return f"model.vocab_size = {vocab_size}: bytes and frequent characters alone need {least}; set it higher"
+    if "sentences_.empty()" in message:
+        return "data.sources: they hold no text to train a tokenizer on; add a source with text"
+    return f"training the tokenizer failed: {message}"

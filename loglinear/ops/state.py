@@ -1,0 +1,61 @@
+"""What log-linear attention remembers of a sequence: one matrix per occupied bucket.
+
+Shapes: s sequence, h value head, k bucket, n state (key) size, p value head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LogLinearState:
+    """The buckets of the binary counter after `positions` tokens, O(log T) matrices per head.
+
+    Attributes:
+        buckets: [S, H, K, N, P]; bucket b holds 2^b tokens, sum of exp(G_last - G_s) k_s v_s^T, decayed to the
+            last token seen; it is occupied iff bit b of the sequence's position is set, and exactly zero otherwise.
+        positions: int64 [S], tokens seen by each sequence. On the host, because they decide shapes.
+
+    Source: arXiv 2506.04761, section on decoding.
+    """
+
+    buckets: torch.Tensor
+    positions: torch.Tensor
+
+    @staticmethod
+    def empty(
+        sequences: int,
+        heads: int,
+        state_dim: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> LogLinearState:
+        """The state before the first token: no bucket at all, K = 0."""
+        buckets = torch.zeros(sequences, heads, 0, state_dim, head_dim, dtype=dtype, device=device)
+        return LogLinearState(buckets, torch.zeros(sequences, dtype=torch.int64))
+
+    def __getitem__(self, sequences: slice) -> LogLinearState:
+        """The states of a range of sequences."""
+        return LogLinearState(self.buckets[sequences], self.positions[sequences])
+
+    def with_buckets(self, count: int) -> LogLinearState:
+        """The same state with room for at least `count` buckets; new ones are empty."""
+        missing = count - self.buckets.shape[2]
+        if missing <= 0:
+            return self
+        padded = torch.nn.functional.pad(self.buckets, (0, 0, 0, 0, 0, missing))
+        return LogLinearState(padded, self.positions)
+
+    @staticmethod
+    def concatenate(states: list[LogLinearState]) -> LogLinearState:
+        """States of consecutive ranges of sequences as one, with as many buckets as the largest has."""
+        count = max(state.buckets.shape[2] for state in states)
+        padded = [state.with_buckets(count) for state in states]
+        return LogLinearState(
+            torch.cat([state.buckets for state in padded]), torch.cat([state.positions for state in padded])
+        )
