@@ -14,14 +14,21 @@ PREPARE_COMMAND = "loglinear data prepare CONFIG"
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write `path` atomically, so that a reader or a crash never sees half of it."""
+    """Write `path` atomically, so that a reader or a crash never sees half of it.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import os
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from loglinear.config import SourceConfig
 from loglinear.errors import UserError
 
+SHUFFLED_KINDS = frozenset({"folder", "stdlib"})  # their files come in an order that depends on the seed
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -33,45 +36,66 @@ class Skipped:
     reason: str
 
 
-def iterate_documents(sources: Sequence[SourceConfig], skip: int = 0) -> Iterator[Document | Skipped]:
+def iterate_documents(
+    sources: Sequence[SourceConfig], seed: int, skip: int = 0
+) -> Iterator[Document | Skipped]:
     """All documents of all sources, one source after the other, without the first `skip` items.
 
-    Items that are left out are yielded as `Skipped`, so a position in the stream counts them too.
+    The files of a folder come shuffled by `seed`, for neighbours by name are alike, and training shuffles only
+    nearby samples. Items that are left out are yielded as `Skipped`, so a position in the stream counts them too.
 
     Raises:
         UserError: a path or dataset is missing, unreadable or not UTF-8, or has no such text field.
     """
-    yield from islice(chain.from_iterable(_open(source) for source in sources), skip, None)
+    yield from islice(chain.from_iterable(_open(source, seed) for source in sources), skip, None)
 
 
-def _open(source: SourceConfig) -> Iterator[Document | Skipped]:
+def _open(source: SourceConfig, seed: int) -> Iterator[Document | Skipped]:
     path = source.path or sysconfig.get_paths()["stdlib"]
     if source.kind == "stdlib":
-        return _folder(Path(path), "**/*.py", NOT_STDLIB)
+        return _folder(Path(path), "**/*.py", NOT_STDLIB, seed)
     if source.kind == "folder":
-        return _folder(Path(path), source.pattern, frozenset())
+        return _folder(Path(path), source.pattern, frozenset(), seed)
     if source.kind == "hub":
         return _hub(source, path)
     return _local(source, path)
 
 
-def _folder(root: Path, pattern: str, without: frozenset[str]) -> Iterator[Document | Skipped]:
+def _folder(root: Path, pattern: str, without: frozenset[str], seed: int) -> Iterator[Document | Skipped]:
     """Every file below `root` that matches `pattern` and passes through no folder named in `without`."""
-    if not root.is_dir():
-        raise UserError(f"data.sources: there is no folder {root}; correct the path")
-    names = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
-    names = [name for name in names if without.isdisjoint(Path(name).parts)]
-    if not names:
-        raise UserError(f"data.sources: no file below {root} matches {pattern!r}; correct path or pattern")
-    for name in names:
+    for name in _shuffled(_names(root, pattern, without), seed):
         try:
             text = (root / name).read_bytes().decode()
         except UnicodeDecodeError:
-            yield Skipped(name, "not UTF-8")
+            yield Skipped(_printable(name), "not UTF-8")
         except OSError as error:
             raise UserError(f"data.sources: cannot read {root / name} ({error.strerror})") from None
         else:
-            yield _item(text, name)
+            yield _item(text, _printable(name))
+
+
+def _names(root: Path, pattern: str, without: frozenset[str]) -> list[str]:
+    """The paths of the files, relative to `root`."""
+    if not root.is_dir():
+        raise UserError(f"data.sources: there is no folder {root}; correct the path")
+    try:
+        files = [path.relative_to(root) for path in root.glob(pattern) if path.is_file()]
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"data.sources: pattern {pattern!r} is no glob below {root} ({error})") from None
+    names = [path.as_posix() for path in files if without.isdisjoint(path.parts)]
+    if not names:
+        raise UserError(f"data.sources: no file below {root} matches {pattern!r}; correct path or pattern")
+    return names
+
+
+def _shuffled(names: list[str], seed: int) -> list[str]:
+    """`names` in an order that depends on them and on `seed` alone."""
+    return sorted(names, key=lambda name: blake2b(b"%d/%s" % (seed, os.fsencode(name))).digest())
+
+
+def _printable(name: str) -> str:
+    """`name` as valid Unicode: a file's name may hold any bytes."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _local(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
@@ -81,7 +105,9 @@ def _local(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
         raise UserError(f"data.sources: no file {path}; correct the path of this {source.kind} source")
     with tempfile.TemporaryDirectory() as cache:
         for file in files:
-            rows = _guarded(_local_rows(source, file, cache), lambda error, file=file: _bad_file(file, source, error))
+            rows = _guarded(
+                _local_rows(source, file, cache), lambda error, file=file: _bad_file(file, source, error)
+            )
             yield from _documents(rows, source.text_field, file)
 
 
@@ -145,7 +171,9 @@ def _documents(rows: Iterable[dict[str, Any]], field: str, origin: str) -> Itera
     for number, row in enumerate(rows):
         if field not in row:
             known = ", ".join(sorted(row))
-            raise UserError(f"data.sources: {origin} has no field {field!r}; set text_field to one of: {known}")
+            raise UserError(
+                f"data.sources: {origin} has no field {field!r}; set text_field to one of: {known}"
+            )
         text = row[field]
         if text is not None and not isinstance(text, str):
             raise UserError(

@@ -7,11 +7,14 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from data_pipeline.files import write_bytes
 from loglinear.errors import UserError
+
+DType = Literal["uint16", "uint32"]
 
 SPACE_MARK = "\u2581"  # sentencepiece writes a space so; the character itself must travel as bytes
 LINE_CHARS = 4000  # a training sentence's longest: the trainer counts symbols of a word in 16 bits
@@ -75,9 +78,13 @@ class Tokenizer:
             proto = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except OSError as error:
-            raise UserError(f"{path}: cannot read this tokenizer ({error.strerror}); correct its path") from None
+            raise UserError(
+                f"{path}: cannot read this tokenizer ({error.strerror}); correct its path"
+            ) from None
         except RuntimeError:
-            raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again") from None
+            raise UserError(
+                f"{path} is no sentencepiece model; delete it and prepare the data again"
+            ) from None
         self.vocab_size: int = self._model.get_piece_size()
         if self.vocab_size == 0:
             raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again")
@@ -88,15 +95,17 @@ class Tokenizer:
             raise UserError(f"{path} has no bos piece, which must start every document; train it with bos_id")
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if self.unk_id in mark:
-            raise UserError(f"{path} has no byte pieces, so some text would be lost; train it with byte_fallback")
+            raise UserError(
+                f"{path} has no byte pieces, so some text would be lost; train it with byte_fallback"
+            )
         self._mark = mark
         # Lines are encoded twice as fast as whole documents; the pieces agree when no piece spans a newline.
         self._by_line = self._encode("a\n b") == self._encode("a\n") + self._encode(" b")
 
     @property
-    def dtype(self) -> np.dtype:
-        """The little-endian unsigned type that holds every token."""
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+    def dtype_name(self) -> DType:
+        """The smallest unsigned type that holds every token."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos."""
@@ -108,8 +117,8 @@ class Tokenizer:
         return tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array of `dtype` a text: bos, then its pieces."""
-        return [np.array([self.bos_id, *self.encode(text)], dtype=self.dtype) for text in texts]
+        """One array of `dtype_name` a text: bos, then its pieces."""
+        return [np.array([self.bos_id, *self.encode(text)], dtype=self.dtype_name) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bos is left out."""

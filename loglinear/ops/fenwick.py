@@ -6,7 +6,11 @@ Source: log-linear attention, arXiv 2506.04761.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
+
+Integers = TypeVar("Integers", int, np.ndarray)
 
 
 def num_levels(length: int) -> int:
@@ -55,11 +59,14 @@ def level_table(size: int) -> np.ndarray:
     return np.where(position[:, None] >= position[None, :], table, -1)
 
 
-def bucket_start(position: int, bucket: int) -> int:
+def bucket_start(position: Integers, bucket: Integers) -> Integers:
     """First position of the bucket of 2^bucket tokens that a query at `position` reads (bit `bucket` is set)."""
     return (position >> (bucket + 1)) << (bucket + 1)
 
 
-def set_bits(position: int) -> list[int]:
-    """The occupied buckets of a state that has seen `position` tokens, smallest first."""
-    return [bit for bit in range(position.bit_length()) if position >> bit & 1]
+def set_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The set bits below `bits` of all elements of an int64 vector: their bit and the index of their element.
+
+    For the number of tokens that a state has seen these are the state's occupied buckets.
+    """
+    return np.nonzero(values >> np.arange(bits)[:, None] & 1)

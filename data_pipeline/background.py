@@ -1,0 +1,73 @@
+"""Preparation beside training: a process of its own, which ends when the trainer does and may be continued."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from data_pipeline.lock import is_preparing, preparation_ended
+from data_pipeline.manifest import LOG_FILE, read_preparation
+from data_pipeline.prepare import make_folder
+from data_pipeline.prepared import complete_index, open_tokenizer
+from data_pipeline.shards import POLL_SECONDS, ShardReader
+from loglinear.config import Config, DataConfig
+
+COMMAND = (sys.executable, "-m", "loglinear", "data", "prepare")
+CONFIG_FILE = "prepare.yaml"
+PR_SET_PDEATHSIG = 1
+
+
+def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
+    """Prepare `config.data` in a process of its own, unless that is done or another process is at it.
+
+    Its output goes to `prepare.log` in `data.dir`. On Linux it is ended with the thread that called this.
+
+    Raises:
+        UserError: the folder cannot be made, or holds data of other settings.
+    """
+    folder = config.data.dir
+    make_folder(folder)
+    if complete_index(config.data, config.model.vocab_size) or is_preparing(folder):
+        return None
+    config_file = folder / CONFIG_FILE
+    config_file.write_text(config.to_yaml(), encoding="utf-8")
+    with (folder / LOG_FILE).open("wb") as log:
+        return subprocess.Popen(
+            [*COMMAND, str(config_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent(),
+        )
+
+
+def wait_until_ready(
+    data: DataConfig, *, vocab_size: int, samples: int, seq_len: int, process: subprocess.Popen[bytes] | None
+) -> None:
+    """Return once the tokenizer and the first `samples` training samples are prepared, or all that there are.
+
+    `process` is what `start_preparation` returned. Ranks that did not start it may only look at `data.dir` after
+    this returned on the rank that did: before, the preparation may not have taken its lock.
+
+    Raises:
+        UserError: the preparation failed; its last words are quoted.
+    """
+    while read_preparation(data.dir) is None:
+        alive = process.poll() is None if process else is_preparing(data.dir)
+        if not alive and read_preparation(data.dir) is None:
+            raise preparation_ended(data.dir)
+        time.sleep(POLL_SECONDS)
+    tokenizer = open_tokenizer(data, vocab_size)
+    ShardReader(data.dir, "train", tokenizer.sha256).wait_for(samples * seq_len + 1)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its program so that the kernel ends it when its parent is gone."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: after the fork little is safe to do
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,160 @@
+"""Shards to batches: the endless train stream of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipeline.batch import Batch, make_batch
+from data_pipeline.order import SampleOrder
+from data_pipeline.prepared import open_tokenizer
+from data_pipeline.shards import ShardReader
+from data_pipeline.state import DataState
+from data_pipeline.tokenizer import Tokenizer
+from loglinear.config import DataConfig
+from loglinear.errors import UserError
+
+
+class TrainLoader:
+    """The micro-batches of one rank, step after step, without end.
+
+    Step s takes the `global_batch` samples from `start_sample + s global_batch` on; a rank takes one contiguous
+    part of them in micro-batches. So a step's samples are the same for every number of ranks and of workers.
+    Batches wait for a preparation that is still under way.
+
+    Attributes:
+        micro_batches_per_step: how many batches of this rank make a step.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        vocab_size: int,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_sample: int = 0,
+    ) -> None:
+        """Open `data.dir`, whose preparation must have begun.
+
+        Args:
+            data: the shards, and how to shuffle and load them.
+            vocab_size: embeddings of the model; the tokenizer may have fewer pieces.
+            seq_len: tokens of a sample.
+            global_batch: samples of a step over all ranks.
+            micro_batch: samples of a batch.
+            rank: this one of `world_size` data-parallel ranks.
+            world_size: data-parallel ranks.
+            start_sample: samples that were consumed before, by all ranks together.
+
+        Raises:
+            UserError: nothing is prepared, other settings or tokens were, or the batches do not divide evenly.
+        """
+        self._data = data
+        self._seq_len = seq_len
+        self._share = _Share(start_sample, global_batch, micro_batch, rank, world_size)
+        self.micro_batches_per_step = self._share.micro_batches
+        tokenizer = open_tokenizer(data, vocab_size)
+        self._tokenizer_sha256 = tokenizer.sha256
+        self._batches = _MicroBatches(data, tokenizer, seq_len, self._share)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The micro-batches from `start_sample` on.
+
+        Raises:
+            UserError: a shard is damaged, the preparation died, or the data are shorter than a sample.
+        """
+        batches = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=count(),  # pyright: ignore[reportArgumentType]  # endless, so without a length
+            num_workers=self._data.loader_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it would draw from the model's random numbers
+        )
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def state(self, steps: int) -> DataState:
+        """The state after `steps` steps of this loader."""
+        return DataState(
+            samples=self._share.start_sample + steps * self._share.global_batch,
+            seed=self._data.seed,
+            seq_len=self._seq_len,
+            shuffle_window=self._data.shuffle_window,
+            tokenizer_sha256=self._tokenizer_sha256,
+        )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Which samples, by their numbers in training order, a rank takes."""
+
+    start_sample: int
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world_size: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in a step.
+
+        Raises:
+            UserError: the batches do not divide evenly.
+        """
+        per_step, rest = divmod(self.global_batch, self.micro_batch * self.world_size)
+        if rest:
+            raise UserError(
+                f"train.global_batch ({self.global_batch}) must be a multiple of train.micro_batch"
+                f" ({self.micro_batch}) times the number of data-parallel ranks ({self.world_size})"
+            )
+        return per_step
+
+    def numbers(self, index: int) -> range:
+        """The samples of micro-batch `index`, counted from the rank's first step on."""
+        step, within = divmod(index, self.micro_batches)
+        first = self.start_sample + step * self.global_batch
+        first += (self.rank * self.micro_batches + within) * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+
+class _MicroBatches(Dataset):
+    """Micro-batch i of a rank, for any i; what the loader's workers run."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, seq_len: int, share: _Share) -> None:
+        self._reader = ShardReader(data.dir, "train", tokenizer.sha256)
+        self._order = SampleOrder(data.seed, data.shuffle_window)
+        self._ids = (tokenizer.bos_id, tokenizer.unk_id)
+        self._seq_len = seq_len
+        self._share = share
+
+    def __getitem__(self, index: int) -> Batch | UserError:
+        """The batch; a user's mistake is returned, for raised in a worker it would arrive as a stack trace."""
+        try:
+            samples = [self._sample(number) for number in self._share.numbers(index)]
+        except UserError as error:
+            return error
+        return make_batch(samples, self._seq_len, *self._ids)
+
+    def _sample(self, number: int) -> np.ndarray:
+        """The tokens (seq_len + 1,) of a training sample, as soon as its place in the stream is known."""
+        self._reader.wait_for(self._order.needed(number) * self._seq_len + 1)
+        total = (self._reader.tokens - 1) // self._seq_len
+        if total < 1:
+            raise UserError(
+                f"the prepared data hold {self._reader.tokens} tokens to train on, less than one sample of"
+                f" model.seq_len + 1 = {self._seq_len + 1}; add documents, or set model.seq_len lower"
+            )
+        start = self._order.locate(number, total) * self._seq_len
+        return self._reader.read(start, start + self._seq_len + 1)

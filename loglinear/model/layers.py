@@ -1,0 +1,128 @@
+"""The small layers that every block shares.
+
+Shapes: b batch, t time, c channel, d model width, h head, p head size, w taps of the convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin in a batch, and where in its own document each token stands.
+
+    Attributes:
+        positions_bt: int64 [B, T], 0 at the first token of a document.
+        cu_seqlens: int32 [documents + 1], boundaries of the documents packed into one row (then B = 1), or None
+            when every row is one document.
+    """
+
+    positions_bt: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+    @staticmethod
+    def rows(batch: int, time: int, start: int, device: torch.device) -> Documents:
+        """Every row is one document, of which `start` tokens came before."""
+        return Documents(torch.arange(start, start + time, device=device).expand(batch, time))
+
+    @staticmethod
+    def packed(cu_seqlens: torch.Tensor, device: torch.device) -> Documents:
+        """Documents side by side in one row: int32 boundaries [documents + 1], the last of them T."""
+        bounds = cu_seqlens.to(device, torch.int64)
+        starts_t = bounds[:-1].repeat_interleave(bounds.diff(), output_size=int(cu_seqlens[-1]))
+        positions_t = torch.arange(len(starts_t), device=device) - starts_t
+        return Documents(positions_t[None], cu_seqlens)
+
+
+class ShortConv(nn.Module):
+    """A causal depthwise convolution over the last `width` tokens of the same document, then SiLU."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch's Conv1d initialises: uniform within 1 / sqrt(taps)."""
+        bound = self.width**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, x_btc: torch.Tensor, documents: Documents, past_bwc: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Shapes [B, T, C] in and out; `past_bwc` [B, width - 1, C] are the inputs before the first token."""
+        time, reach = x_btc.shape[1], self.width - 1
+        if past_bwc is None:
+            padded_btc = F.pad(x_btc, (0, 0, reach, 0))
+        else:
+            padded_btc = torch.cat([past_bwc, x_btc], 1)
+        y_btc = self.bias + self.weight[0] * x_btc
+        for back in range(1, self.width):
+            shifted_btc = padded_btc[:, reach - back : reach - back + time]
+            if documents.cu_seqlens is not None:
+                shifted_btc = shifted_btc * (documents.positions_bt >= back)[..., None]
+            y_btc = torch.addcmul(y_btc, self.weight[back], shifted_btc)
+        return F.silu(y_btc)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x * silu(z)) within each head, one weight of [P] for all heads.
+
+    Within heads rather than across them, so that heads can lie on different ranks.
+    Source: Mamba-2, arXiv 2405.21060.
+    """
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(head_dim, eps)
+
+    def forward(self, x_bthp: torch.Tensor, z_bthp: torch.Tensor) -> torch.Tensor:
+        """Shapes [B, T, H, P] in and out."""
+        return self.norm(x_bthp * F.silu(z_bthp))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)). Source: arXiv 2002.05202."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """Shapes [B, T, D] in and out."""
+        return self.down(F.silu(self.gate(x_btd)) * self.up(x_btd))
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of a token, two per multiply-add."""
+        return sum(linear_flops(layer) for layer in (self.gate, self.up, self.down))
+
+
+def linear_flops(layer: nn.Linear) -> int:
+    """Forward FLOPs of a token in a linear layer, two per multiply-add."""
+    return 2 * layer.in_features * layer.out_features
+
+
+def rotate(x_bthp: torch.Tensor, positions_bt: torch.Tensor, base: float) -> torch.Tensor:
+    """Rotary positions: pairs (i, i + P / 2) turned by position * base^(-2 i / P). Source: arXiv 2104.09864.
+
+    Args:
+        x_bthp: queries or keys [B, T, H, P], P even.
+        positions_bt: int64 [B, T].
+        base: wavelength of the slowest pair over 2 pi, about.
+    """
+    half = x_bthp.shape[-1] // 2
+    frequency_p = base ** (-torch.arange(half, device=x_bthp.device, dtype=torch.float32) / half)
+    angle_bt1p = (positions_bt[..., None].float() * frequency_p)[:, :, None]
+    cos, sin = angle_bt1p.cos(), angle_bt1p.sin()
+    first, second = x_bthp.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_bthp.dtype)

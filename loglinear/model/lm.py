@@ -1,0 +1,137 @@
+"""The decoder-only language model.
+
+Shapes: b batch, t time, d model width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from loglinear.config import ModelConfig
+from loglinear.model.attention import KeyValueCache
+from loglinear.model.block import Block
+from loglinear.model.layers import Documents, linear_flops
+from loglinear.model.mixer import MixerState
+from loglinear.ops.lambda_map import LambdaMap
+
+PADDING_LABEL = -100
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """One state a layer, after `position` tokens."""
+
+    layers: tuple[MixerState | KeyValueCache, ...]
+    position: int
+
+
+class LanguageModel(nn.Module):
+    """Embedding, `config.layers` blocks, norm, head.
+
+    Attributes:
+        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._initialise(config)
+
+    def forward(
+        self,
+        inputs_bt: torch.Tensor,
+        labels_bt: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits, or the loss that training needs.
+
+        Args:
+            inputs_bt: token ids, int64 [B, T].
+            labels_bt: the next token of each, int64 [B, T], -100 where there is none to predict.
+            cu_seqlens: int32 [documents + 1], boundaries in the B * T tokens read row after row; without it every
+                row is one document.
+
+        Returns:
+            fp32: the cross-entropy summed over labels (a scalar, in nats) if there are labels, else logits [B, T, V].
+        """
+        batch, time = inputs_bt.shape
+        if cu_seqlens is None:
+            documents = Documents.rows(batch, time, 0, inputs_bt.device)
+            x_btd = self.embedding(inputs_bt)
+        else:
+            documents = Documents.packed(cu_seqlens, inputs_bt.device)
+            x_btd = self.embedding(inputs_bt.view(1, -1))
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_btd, _ = checkpoint(block, x_btd, documents, use_reentrant=True)  # pyright: ignore[reportGeneralTypeIssues]
+            else:
+                x_btd, _ = block(x_btd, documents)
+        logits_btv = self.head(self.norm(x_btd)).float()
+        if labels_bt is None:
+            return logits_btv.view(batch, time, -1)
+        return F.cross_entropy(
+            logits_btv.flatten(0, 1), labels_bt.flatten(), ignore_index=PADDING_LABEL, reduction="sum"
+        )
+
+    def initial_state(self, batch: int) -> DecodeState:
+        """The state before the first token of `batch` documents."""
+        return DecodeState(tuple(block.mixer.initial_state(batch) for block in self.blocks), 0)
+
+    def decode(self, tokens_bt: torch.Tensor, state: DecodeState) -> tuple[torch.Tensor, DecodeState]:
+        """Read on from `state`: a prompt at once by the chunked form, a single token by the recurrent form.
+
+        Args:
+            tokens_bt: token ids, int64 [B, T].
+            state: what came before.
+
+        Returns:
+            fp32 logits [B, V] after the last token, and the state there.
+        """
+        documents = Documents.rows(*tokens_bt.shape, state.position, tokens_bt.device)
+        x_btd = self.embedding(tokens_bt)
+        layers = []
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            x_btd, after = block(x_btd, documents, before)
+            layers.append(after)
+        logits_bv = self.head(self.norm(x_btd[:, -1])).float()
+        return logits_bv, DecodeState(tuple(layers), state.position + tokens_bt.shape[1])
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of a token, averaged over a document of `seq_len` tokens; training costs three times it."""
+        blocks: list[Block] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
+        return linear_flops(self.head) + sum(block.flops_per_token(seq_len) for block in blocks)
+
+    def parameter_count(self) -> int:
+        """Number of parameters; tied embeddings count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _initialise(self, config: ModelConfig) -> None:
+        """Normal weights of `init_std`, those that write to the residual stream smaller by sqrt(2 * layers).
+
+        Lambda maps initialise themselves: a generic start would undo lambda = 1.
+        """
+        own = {child for module in self.modules() if isinstance(module, LambdaMap) for child in module.modules()}
+        for name, module in self.named_modules():
+            if module in own or not isinstance(module, nn.Linear | nn.Embedding):
+                continue
+            writes_residual = name.endswith(("out_proj", "down"))
+            std = config.init_std / (2 * config.layers) ** 0.5 if writes_residual else config.init_std
+            nn.init.normal_(module.weight, std=std)
+
+
+def build_model(config: ModelConfig, seed: int, *, activation_checkpointing: bool = False) -> LanguageModel:
+    """A model whose weights depend on `config` and `seed` alone; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LanguageModel(config, activation_checkpointing=activation_checkpointing)

@@ -1,0 +1,167 @@
+"""The adaptive log-linear mixer: Mamba-2's block around log-linear attention.
+
+Shapes: b batch, t time, d model width, h value head, g query/key group, n state (key) size, p value head size,
+l level, w taps of the convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from loglinear.config import ModelConfig
+from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv, linear_flops
+from loglinear.ops import LogLinearState, log_linear_attention, num_levels, recurrent_step
+from loglinear.ops import flops_per_token as op_flops_per_token
+from loglinear.ops.lambda_map import make_lambda_map
+
+DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
+STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
+
+
+@dataclass(frozen=True)
+class MixerState:
+    """What the mixer remembers between calls.
+
+    Attributes:
+        memory: the buckets, O(log T) matrices per head.
+        recent: inputs of the three convolutions at the last width - 1 tokens, [B, width - 1, channels] each.
+    """
+
+    memory: LogLinearState
+    recent: tuple[torch.Tensor, ...]
+
+
+class LogLinearMixer(nn.Module):
+    """q, k, v, gate z, step dt and level scales from x; short convolutions; log-linear attention; gated norm.
+
+    Sources: Mamba-2 (arXiv 2405.21060), log-linear attention (2506.04761), its adaptive form (2605.06946).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        own, dim = config.log_linear, config.dim
+        self.head_dim, self.state_dim = own.head_dim, own.state_dim
+        keys, values = own.groups * own.state_dim, own.heads * own.head_dim
+        self.q_proj = nn.Linear(dim, keys, bias=False)
+        self.k_proj = nn.Linear(dim, keys, bias=False)
+        self.v_proj = nn.Linear(dim, values, bias=False)
+        self.z_proj = nn.Linear(dim, values, bias=False)
+        self.dt_proj = nn.Linear(dim, own.heads, bias=False)
+        self.q_conv = ShortConv(keys, own.conv_width)
+        self.k_conv = ShortConv(keys, own.conv_width)
+        self.v_conv = ShortConv(values, own.conv_width)
+        self.lambda_map = make_lambda_map(
+            own.level_scale,
+            dim=dim,
+            heads=own.heads,
+            levels=num_levels(config.seq_len),
+            hidden=own.level_scale_hidden,
+            beyond=own.beyond_trained_levels,
+        )
+        self.dt_bias = nn.Parameter(torch.empty(own.heads))
+        self.A_log = nn.Parameter(torch.empty(own.heads))
+        self.D = nn.Parameter(torch.empty(own.heads))
+        self.norm = GatedRMSNorm(own.head_dim, config.norm_eps)
+        self.out_proj = nn.Linear(values, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Decay, step and skip as Mamba-2 starts them."""
+        with torch.no_grad():
+            self.A_log.uniform_(*DECAY_RANGE).log_()
+            step_h = torch.empty_like(self.dt_bias).uniform_(*map(math.log, STEP_RANGE)).exp()
+            self.dt_bias.copy_(step_h + torch.log(-torch.expm1(-step_h)))  # the inverse of softplus
+            self.D.fill_(1.0)
+
+    def forward(
+        self, x_btd: torch.Tensor, documents: Documents, state: MixerState | None = None
+    ) -> tuple[torch.Tensor, MixerState | None]:
+        """Mix along time within documents.
+
+        Args:
+            x_btd: [B, T, D].
+            documents: positions and boundaries of the B x T tokens.
+            state: what came before the first token; None to start afresh and remember nothing.
+
+        Returns:
+            [B, T, D], and the state after the last token if a state was given.
+        """
+        inputs = (self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd))
+        past = (None, None, None) if state is None else state.recent
+        convs = (self.q_conv, self.k_conv, self.v_conv)
+        q, k, v = (conv(x, documents, before) for conv, x, before in zip(convs, inputs, past, strict=True))
+        q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
+        v_bthp = v.unflatten(2, (-1, self.head_dim))
+        step_bth = F.softplus(self.dt_proj(x_btd).float() + self.dt_bias.float())
+        g_bth = -self.A_log.float().exp() * step_bth
+        scales_bthl = self.lambda_map(x_btd, documents.positions_bt)
+        weighted_bthp = v_bthp * step_bth[..., None].to(v_bthp.dtype)
+        memory = None if state is None else state.memory
+        o_bthp, memory = _attend(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
+
+        z_bthp = self.z_proj(x_btd).unflatten(2, (-1, self.head_dim))
+        y_bthp = self.norm(o_bthp + self.D[:, None] * v_bthp, z_bthp)
+        y_btd = self.out_proj(y_bthp.flatten(2))
+        if state is None or memory is None:
+            return y_btd, None
+        return y_btd, MixerState(memory, _recent(state.recent, inputs))
+
+    def initial_state(self, batch: int) -> MixerState:
+        """The state before the first token of `batch` documents, in fp32, with the weights' device."""
+        weight = self.A_log
+        heads = weight.shape[0]
+        memory = LogLinearState.empty(batch, heads, self.state_dim, self.head_dim, device=weight.device)
+        recent = tuple(
+            torch.zeros(batch, conv.width - 1, conv.bias.shape[0], dtype=conv.bias.dtype, device=weight.device)
+            for conv in (self.q_conv, self.k_conv, self.v_conv)
+        )
+        return MixerState(memory, recent)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of a token, averaged over a document of `seq_len` tokens, two per multiply-add."""
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj, self.out_proj)
+        heads = self.dt_proj.out_features
+        groups = self.q_proj.out_features // self.state_dim
+        attention = op_flops_per_token(seq_len, heads, groups, self.state_dim, self.head_dim)
+        return sum(map(linear_flops, layers)) + self.lambda_map.flops_per_token() + attention
+
+
+def _attend(
+    memory: LogLinearState | None,
+    q_btgn: torch.Tensor,
+    k_btgn: torch.Tensor,
+    v_bthp: torch.Tensor,
+    g_bth: torch.Tensor,
+    scales_bthl: torch.Tensor | None,
+    documents: Documents,
+) -> tuple[torch.Tensor, LogLinearState | None]:
+    """The op over many tokens, or its decoding step for one."""
+    inputs = (q_btgn, k_btgn, v_bthp, g_bth, scales_bthl)
+    if memory is not None and v_bthp.shape[1] == 1:
+        q, k, v, g, scales = (None if x is None else x[:, 0] for x in inputs)
+        assert q is not None and k is not None and v is not None and g is not None
+        o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
+        return o_bhp[:, None], memory
+    return log_linear_attention(
+        q_btgn,
+        k_btgn,
+        v_bthp,
+        g_bth,
+        scales_bthl,
+        initial_state=memory,
+        output_final_state=memory is not None,
+        cu_seqlens=documents.cu_seqlens,
+    )
+
+
+def _recent(past: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The last width - 1 inputs of each convolution, after these."""
+    return tuple(
+        torch.cat([before, x], 1)[:, -before.shape[1] :] if before.shape[1] else before
+        for before, x in zip(past, inputs, strict=True)
+    )
