@@ -182,6 +182,20 @@ class TrainConfig(Section):
             )
         return self
 
+    def micro_batches(self, ranks: int) -> int:
+        """Micro-batches of each of `ranks` data-parallel ranks in one step.
+
+        Raises:
+            UserError: the global batch does not divide evenly.
+        """
+        per_rank, rest = divmod(self.global_batch, self.micro_batch * ranks)
+        if rest:
+            raise UserError(
+                f"train.global_batch ({self.global_batch}) must be a multiple of train.micro_batch"
+                f" ({self.micro_batch}) times the number of data-parallel ranks ({ranks})"
+            )
+        return per_rank
+
 
 class EvalConfig(Section):
     """Held-out evaluation every `every` steps on at most `samples` sequences, and a text continued from `prompt`."""

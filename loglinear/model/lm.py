@@ -19,8 +19,6 @@ from loglinear.model.layers import Documents, linear_flops
 from loglinear.model.mixer import MixerState
 from loglinear.ops.lambda_map import LambdaMap
 
-PADDING_LABEL = -100
-
 
 @dataclass(frozen=True)
 class DecodeState:
@@ -80,9 +78,7 @@ class LanguageModel(nn.Module):
         logits_btv = self.head(self.norm(x_btd)).float()
         if labels_bt is None:
             return logits_btv.view(batch, time, -1)
-        return F.cross_entropy(
-            logits_btv.flatten(0, 1), labels_bt.flatten(), ignore_index=PADDING_LABEL, reduction="sum"
-        )
+        return F.cross_entropy(logits_btv.flatten(0, 1), labels_bt.flatten(), reduction="sum")
 
     def initial_state(self, batch: int) -> DecodeState:
         """The state before the first token of `batch` documents."""

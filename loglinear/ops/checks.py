@@ -77,7 +77,9 @@ def _check_shapes(
     batch, time, groups = q_btgn.shape[:3]
     heads = v_bthp.shape[2]
     if v_bthp.shape[:2] != (batch, time):
-        raise UserError(f"v has [B, T] = {list(v_bthp.shape[:2])}, but q has {[batch, time]}: they must agree")
+        raise UserError(
+            f"v has [B, T] = {list(v_bthp.shape[:2])}, but q has {[batch, time]}: they must agree"
+        )
     if time == 0 or batch == 0:
         raise UserError(f"q has [B, T] = {[batch, time]}: give at least one token")
     if groups == 0 or heads == 0 or heads % groups:
@@ -105,12 +107,16 @@ def _check_kinds(tensors: dict[str, torch.Tensor]) -> None:
             raise UserError(f"{name} is on {tensor.device}, but v is on {v_bthp.device}: move it there")
     for name in ("q", "k"):
         if tensors[name].dtype != v_bthp.dtype:
-            raise UserError(f"{name} has dtype {tensors[name].dtype}, but v has {v_bthp.dtype}: convert one of them")
+            raise UserError(
+                f"{name} has dtype {tensors[name].dtype}, but v has {v_bthp.dtype}: convert one of them"
+            )
 
 
 def _document_lengths(cu_seqlens: torch.Tensor, batch: int, time: int) -> tuple[int, ...]:
     if batch != 1:
-        raise UserError(f"cu_seqlens packs documents into one row, but the batch is {batch}: reshape it to B = 1")
+        raise UserError(
+            f"cu_seqlens packs documents into one row, but the batch is {batch}: reshape it to B = 1"
+        )
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise UserError(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}, but must be int32 or int64 of "
@@ -118,10 +124,14 @@ def _document_lengths(cu_seqlens: torch.Tensor, batch: int, time: int) -> tuple[
         )
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != time:
-        raise UserError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, but must run from 0 to T = {time}")
+        raise UserError(
+            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, but must run from 0 to T = {time}"
+        )
     lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     if min(lengths) < 0:
-        raise UserError("cu_seqlens decreases somewhere, but must be sorted: it is the cumulative sum of lengths")
+        raise UserError(
+            "cu_seqlens decreases somewhere, but must be sorted: it is the cumulative sum of lengths"
+        )
     return lengths
 
 
@@ -135,11 +145,15 @@ def _starts(
     wanted = [count, heads, "K", q_btgn.shape[3], head_dim]
     fits = buckets.ndim == 5 and all(have == want for have, want in zip(buckets.shape, wanted) if want != "K")
     if not fits:
-        raise UserError(f"initial_state has buckets of shape {list(buckets.shape)}, but this call needs {wanted}")
+        raise UserError(
+            f"initial_state has buckets of shape {list(buckets.shape)}, but this call needs {wanted}"
+        )
     if buckets.device != v_bthp.device:
         raise UserError(f"initial_state is on {buckets.device}, but v is on {v_bthp.device}: move it there")
     if state.positions.shape != (count,) or state.positions.dtype != torch.int64:
-        raise UserError(f"initial_state.positions must be int64 of shape [{count}], the tokens seen per sequence")
+        raise UserError(
+            f"initial_state.positions must be int64 of shape [{count}], the tokens seen per sequence"
+        )
     starts = tuple(state.positions.tolist())
     needed = max(starts).bit_length()
     if min(starts) < 0 or buckets.shape[2] < needed:

@@ -45,11 +45,15 @@ def initial_states(buckets_shknp: torch.Tensor, chunks: Chunks) -> torch.Tensor:
     return buckets.permute(0, 3, 1, 4, 2, 5).flatten(0, 1)
 
 
-def add_reads(o_cgtrp: torch.Tensor, chunks: Chunks, reads: Reads, states_xgnrp: torch.Tensor) -> torch.Tensor:
+def add_reads(
+    o_cgtrp: torch.Tensor, chunks: Chunks, reads: Reads, states_xgnrp: torch.Tensor
+) -> torch.Tensor:
     """Add q^T S, decayed and scaled, for every pair of a row and a state, to the outputs, in place."""
     if len(reads.row) == 0:
         return o_cgtrp
-    exponent_mgrt = chunks.decay_cgrt.index_select(0, reads.row) + chunks.gap(reads.since, reads.row)[..., None]
+    exponent_mgrt = (
+        chunks.decay_cgrt.index_select(0, reads.row) + chunks.gap(reads.since, reads.row)[..., None]
+    )
     weights_mgrt = exponent_mgrt.exp()
     if chunks.scales_clgrt is not None:
         weights_mgrt = weights_mgrt * _scales_of(reads, chunks.scales_clgrt)
@@ -86,7 +90,10 @@ class _AddReads(torch.autograd.Function):
         dq_cgtn, dstates_xgnrp = torch.zeros_like(q_cgtn), torch.zeros_like(states_xgnrp)
         dweights_mgrt = torch.empty_like(weights_mgrt)
         for m in slices(len(row), do_cgtrp[0].numel(), q_cgtn.device):
-            q_mgtn, states_mgnf = q_cgtn.index_select(0, row[m]), states_xgnrp.index_select(0, source[m]).flatten(3)
+            q_mgtn, states_mgnf = (
+                q_cgtn.index_select(0, row[m]),
+                states_xgnrp.index_select(0, source[m]).flatten(3),
+            )
             do_mgtrp = do_cgtrp.index_select(0, row[m])
             read_mgtrp = (q_mgtn @ states_mgnf).view_as(do_mgtrp)
             dweights_mgrt[m] = read_mgtrp.mul_(do_mgtrp).sum(4).transpose(2, 3)
@@ -98,7 +105,11 @@ class _AddReads(torch.autograd.Function):
 
 
 def final_buckets(
-    chunks: Chunks, final: Final, states_xgnrp: torch.Tensor, initial_xgnrp: torch.Tensor | None, sequences: int
+    chunks: Chunks,
+    final: Final,
+    states_xgnrp: torch.Tensor,
+    initial_xgnrp: torch.Tensor | None,
+    sequences: int,
 ) -> torch.Tensor:
     """The buckets after the last token of each sequence: [S, H, K, N, P]."""
     total_xgnrp = states_xgnrp.new_zeros(sequences * final.buckets, *states_xgnrp.shape[1:])
@@ -110,7 +121,7 @@ def final_buckets(
     to_end_mgrt = (decay_mgrt[..., -1:] - decay_mgrt).masked_fill(~holds[:, None, None], -torch.inf)
     tails_mgnrp = _outer(chunks.k_cgtn.index_select(0, row), chunks.v_cgtrp.index_select(0, row), to_end_mgrt)
     total_xgnrp = total_xgnrp.index_add(0, final.tails.target, tails_mgnrp)
-    return total_xgnrp.unflatten(0, (sequences, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return total_xgnrp.unflatten(0, (sequences, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).contiguous()
 
 
 def _add_parts(

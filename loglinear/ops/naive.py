@@ -5,10 +5,11 @@ Shapes: t query time, s key time, h value head, n state (key) size, p value head
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from loglinear.ops.checks import check_inputs, compute_dtype
-from loglinear.ops.fenwick import bucket_start, level
+from loglinear.ops.fenwick import bit_length, bucket_start, level
 from loglinear.ops.state import LogLinearState
 
 
@@ -43,7 +44,9 @@ def naive_log_linear_attention(
     for number, (length, start) in enumerate(zip(sequences.lengths, sequences.starts, strict=True)):
         now = slice(token, token + length)
         state = _empty(q_thn, v_thp) if initial_state is None else initial_state[number : number + 1]
-        o_thp, final = _one_sequence(q_thn[now], k_thn[now], v_thp[now], g_th[now], scales_thl[now], state, start)
+        o_thp, final = _one_sequence(
+            q_thn[now], k_thn[now], v_thp[now], g_th[now], scales_thl[now], state, start
+        )
         outputs.append(o_thp)
         states.append(final)
         token += length
@@ -80,13 +83,15 @@ def _one_sequence(
     causal_ts = torch.ones(time, time, dtype=torch.bool, device=v_thp.device).tril()
     difference_hts = (cumulative_th[:, None] - cumulative_th[None]).permute(2, 0, 1)
     decay_hts = difference_hts.masked_fill(~causal_ts, -torch.inf).exp()
-    level_ts = torch.tensor([[level(max(t, s), s) for s in range(start, end)] for t in range(start, end)])
-    level_ts = level_ts.view(time, time).to(v_thp.device)
+    position = np.arange(start, end)
+    level_ts = torch.from_numpy(bit_length(position[:, None] ^ position)).to(v_thp.device)
     row_t = torch.arange(time, device=v_thp.device)[:, None]
     scales_hts = scales_thl[row_t, :, level_ts].permute(2, 0, 1)
     o_thp = torch.einsum("hts,shp->thp", scores_hts * decay_hts * scales_hts, v_thp)
 
-    for bucket in _occupied(start):  # every position of an initial bucket has the same level towards a new query
+    for bucket in _occupied(
+        start
+    ):  # every position of an initial bucket has the same level towards a new query
         first = bucket_start(start, bucket)
         level_t = torch.tensor([level(t, first) for t in range(start, end)], device=v_thp.device).long()
         weight_th = scales_thl[row_t[:, 0], :, level_t] * cumulative_th.exp()
@@ -95,7 +100,9 @@ def _one_sequence(
     # A query at position `end` would read what the final state holds.
     total_h = g_th.sum(0)
     weighted_thnp = torch.einsum("thn,thp->thnp", k_thn, v_thp * (total_h - cumulative_th).exp()[..., None])
-    final = [torch.zeros_like(weighted_thnp.sum(0)) for _ in range(max(end.bit_length(), initial_hknp.shape[1]))]
+    final = [
+        torch.zeros_like(weighted_thnp.sum(0)) for _ in range(max(end.bit_length(), initial_hknp.shape[1]))
+    ]
     for position in range(start, end):
         final[level(end, position) - 1] = final[level(end, position) - 1] + weighted_thnp[position - start]
     for bucket in _occupied(start):
