@@ -1,4 +1,4 @@
-"""Preparation beside training: a process of its own, which ends when the trainer does and may be continued."""
+"""Preparation beside training: a process of its own, which ends with the trainer and may be continued."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def wait_until_ready(
 ) -> None:
     """Return once the tokenizer and the first `samples` training samples are prepared, or all that there are.
 
-    `process` is what `start_preparation` returned. Ranks that did not start it may only look at `data.dir` after
-    this returned on the rank that did: before, the preparation may not have taken its lock.
+    `process` is what `start_preparation` returned. The other ranks may look at `data.dir` only after this has
+    returned on the rank that started it: before that, the preparation may not have taken its lock.
 
     Raises:
         UserError: the preparation failed; its last words are quoted.

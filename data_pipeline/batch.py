@@ -16,8 +16,8 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: int64 (b, t).
-        labels: int64 (b, t), the token after each input, the next document's bos included; `IGNORED` on padding.
-        cu_seqlens: int32 (documents + 1,), where documents start in the row of all b t inputs, and at last b t.
+        labels: int64 (b, t), the token after each input, be it the next document's bos; `IGNORED` on padding.
+        cu_seqlens: int32 (documents + 1,), where documents start in the row of all b t inputs, and b t.
             Every sample starts one too, for no state passes from one sample into the next.
     """
 
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(samples: list[np.ndarray], seq_len: int, bos_id: int, padding: int) -> Batch:
-    """A batch of `samples`, each of at most seq_len + 1 int64 tokens; shorter ones are filled with `padding`."""
+    """A batch of `samples`, each of at most seq_len + 1 tokens; shorter ones are filled with `padding`."""
     inputs_bt = np.full((len(samples), seq_len), padding, np.int64)
     labels_bt = np.full((len(samples), seq_len), IGNORED, np.int64)
     for row, tokens in enumerate(samples):

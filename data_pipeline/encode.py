@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ class Encoded:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether `text` belongs to the held-out `fraction`: a function of the text alone, so copies stay together."""
+    """Whether `text` belongs to the held-out `fraction`; copies of a text always stay together."""
     digest = blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def encode_stream(
     items: Iterable[Document | Skipped], tokenizer: Path, held_out: float, workers: int
-) -> Iterator[Encoded | Skipped]:
+) -> Generator[Encoded | Skipped, None, None]:
     """`items` with every document tokenised by one of `workers` processes.
 
     Raises:

@@ -26,9 +26,9 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """This rank's part of the first `limit_samples` held-out samples, in an order that never changes.
 
-    Over all ranks every token but the set's first is a label just once. The last sample is padded, and every rank
-    gets equally many batches of `batch` samples, at the end of padding alone, so that collectives match. Waits
-    for a preparation that is still under way until it has that many samples or is complete.
+    Over all ranks every token but the set's first is a label just once. The last sample is padded, and every
+    rank gets equally many batches of `batch` samples, if need be of padding alone, so that collectives match.
+    Waits for a preparation that is still under way until it has that many samples or is complete.
 
     Raises:
         UserError: nothing is prepared or held out, other settings were, or a shard is missing or damaged.

@@ -23,9 +23,9 @@ from loglinear.errors import UserError
 class TrainLoader:
     """The micro-batches of one rank, step after step, without end.
 
-    Step s takes the `global_batch` samples from `start_sample + s global_batch` on; a rank takes one contiguous
-    part of them in micro-batches. So a step's samples are the same for every number of ranks and of workers.
-    Batches wait for a preparation that is still under way.
+    Step s takes the `global_batch` samples from `start_sample + s global_batch` on; a rank takes one
+    contiguous part of them in micro-batches. So a step's samples are the same for every number of ranks and
+    of workers. Batches wait for a preparation that is still under way.
 
     Attributes:
         micro_batches_per_step: how many batches of this rank make a step.
@@ -56,7 +56,7 @@ class TrainLoader:
             start_sample: samples that were consumed before, by all ranks together.
 
         Raises:
-            UserError: nothing is prepared, other settings or tokens were, or the batches do not divide evenly.
+            UserError: nothing is prepared, other settings were, or the batches do not divide evenly.
         """
         self._data = data
         self._seq_len = seq_len
@@ -140,7 +140,7 @@ class _MicroBatches(Dataset):
         self._share = share
 
     def __getitem__(self, index: int) -> Batch | UserError:
-        """The batch; a user's mistake is returned, for raised in a worker it would arrive as a stack trace."""
+        """The batch, or a user's mistake: raised in a worker, it would arrive with a stack trace in it."""
         try:
             samples = [self._sample(number) for number in self._share.numbers(index)]
         except UserError as error:

@@ -61,7 +61,8 @@ def preparation_ended(folder: Path) -> UserError:
     tail = log_tail(folder)
     said = f"; its last words:\n{tail}" if tail else ""
     return UserError(
-        f"the preparation of {folder} ended before it was complete: run `{PREPARE_COMMAND}` to continue it{said}"
+        f"the preparation of {folder} ended before it was complete:"
+        f" run `{PREPARE_COMMAND}` to continue it{said}"
     )
 
 

@@ -111,7 +111,8 @@ class Preparation(Record):
             if found != wanted:
                 raise UserError(
                     f"{data.dir} was prepared with {name} = {_short(found)}, but the configuration says"
-                    f" {_short(wanted)}; set another data.dir, or delete {data.dir} and run `{PREPARE_COMMAND}`"
+                    f" {_short(wanted)}; set another data.dir, or delete {data.dir}"
+                    f" and run `{PREPARE_COMMAND}`"
                 )
         return self
 

@@ -41,8 +41,8 @@ def prepare(data: DataConfig, vocab_size: int, progress: Progress = lambda tally
         progress: told after every document.
 
     Raises:
-        UserError: a source or the tokenizer is unfit, the folder holds data of other settings, another process
-            is preparing it, or one of its files is damaged.
+        UserError: a source or the tokenizer is unfit, the folder holds data of other settings, another
+            process is preparing it, or one of its files is damaged.
     """
     make_folder(data.dir)
     with preparation_lock(data.dir):

@@ -14,6 +14,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from data_pipeline.manifest import Index
 
 LINE_SECONDS = 10.0
+SHOWN_NAMES = 4
 
 
 @dataclass
@@ -53,13 +54,14 @@ def summary(index: Index) -> str:
     """A complete preparation in a few lines."""
     train, held_out = index.train, index.held_out
     lines = [
-        f"{train.documents:,} documents ({train.text_bytes / 1e6:,.1f} MB, {train.tokens:,} tokens) to train on,"
-        f" {held_out.documents:,} ({held_out.tokens:,} tokens) held out, in {len(index.shards):,} shards",
+        f"{train.documents:,} documents ({train.text_bytes / 1e6:,.1f} MB, {train.tokens:,} tokens)"
+        f" to train on, {held_out.documents:,} ({held_out.tokens:,} tokens) held out,"
+        f" in {len(index.shards):,} shards",
         f"{index.vocab_size:,} pieces, unigram entropy {index.unigram_entropy:.3f} nats a token",
     ]
     for reason, skips in sorted(index.skipped.items()):
-        more = ", ..." if skips.count > len(skips.first) else ""
-        lines.append(f"left out {skips.count:,} ({reason}): {', '.join(skips.first)}{more}")
+        names = ", ".join(skips.first[:SHOWN_NAMES]) + (", ..." if skips.count > SHOWN_NAMES else "")
+        lines.append(f"left out {skips.count:,} ({reason}): {names}")
     return "\n".join(lines)
 
 
@@ -75,6 +77,8 @@ class _Description:
         now = time.monotonic()
         if tally.stage != self._stage:
             self._stage, self._since, self._bytes_then = tally.stage, now, tally.text_bytes
+        if tally.documents == 0:
+            return tally.stage
         speed = (tally.text_bytes - self._bytes_then) / 1e6 / max(now - self._since, 1e-3)
         return (
             f"{tally.stage}: {tally.documents:,} documents, {tally.tokens:,} tokens,"

@@ -204,8 +204,9 @@ class ShardReader:
         for shard in shards:
             if shard.tokenizer_sha256 != self._tokenizer_sha256:
                 raise UserError(
-                    f"{shard_path(self._folder, shard.number)} was made with tokenizer {shard.tokenizer_sha256},"
-                    f" not with {self._tokenizer_sha256}; set another data.dir, or that tokenizer"
+                    f"{shard_path(self._folder, shard.number)} was made with the tokenizer of SHA-256"
+                    f" {shard.tokenizer_sha256}, not with {self._tokenizer_sha256};"
+                    " restore that tokenizer, or set another data.dir"
                 )
             self._shards.append(shard)
             self._starts.append(self._starts[-1] + shard.file(self._split).tokens)

@@ -41,8 +41,9 @@ def iterate_documents(
 ) -> Iterator[Document | Skipped]:
     """All documents of all sources, one source after the other, without the first `skip` items.
 
-    The files of a folder come shuffled by `seed`, for neighbours by name are alike, and training shuffles only
-    nearby samples. Items that are left out are yielded as `Skipped`, so a position in the stream counts them too.
+    The files of a folder come shuffled by `seed`, for neighbours by name are alike, and training shuffles
+    only nearby samples. Items that are left out are yielded as `Skipped`, so that a position in the stream
+    counts them too.
 
     Raises:
         UserError: a path or dataset is missing, unreadable or not UTF-8, or has no such text field.
@@ -177,8 +178,8 @@ def _documents(rows: Iterable[dict[str, Any]], field: str, origin: str) -> Itera
         text = row[field]
         if text is not None and not isinstance(text, str):
             raise UserError(
-                f"data.sources: field {field!r} of {origin} row {number} holds {type(text).__name__}, not text;"
-                " set text_field to a field that holds text"
+                f"data.sources: field {field!r} of {origin} row {number} holds {type(text).__name__},"
+                " not text; set text_field to a field that holds text"
             )
         yield _item(text or "", f"{origin}:{number}")
 

@@ -1,4 +1,4 @@
-"""Where in the data a run is: a count of samples, which no number of ranks or workers changes the meaning of."""
+"""Where in the data a run is: a count of samples, which means the same for any number of ranks or workers."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ class DataState(BaseModel):
             saved, present = getattr(self, field), getattr(other, field)
             if saved != present:
                 raise UserError(
-                    f"the checkpoint was trained with {name} = {saved}, this run has {present}, so its place in the"
-                    " data would mean nothing; restore that setting, or start a new run"
+                    f"the checkpoint was trained with {name} = {saved}, this run has {present},"
+                    " so its place in the data would mean nothing; restore that setting, or start a new run"
                 )

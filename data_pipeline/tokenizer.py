@@ -166,7 +166,7 @@ def _explain(message: str, vocab_size: int) -> str:
         )
     if "smaller than required_chars" in message:
         least = message.partition(" vs ")[2].partition(".")[0]
-        return f"model.vocab_size = {vocab_size}: bytes and frequent characters alone need {least}; set it higher"
+        return f"model.vocab_size = {vocab_size}: bytes and frequent characters need {least}; set it higher"
     if "sentences_.empty()" in message:
         return "data.sources: they hold no text to train a tokenizer on; add a source with text"
     return f"training the tokenizer failed: {message}"

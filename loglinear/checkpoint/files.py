@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from loglinear.errors import UserError
@@ -45,9 +45,16 @@ def step_of(folder: Path) -> int:
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> str:
-    """Write one rank's tensors, flush them to the disk, and return the SHA-256 of what the disk gives back."""
+    """Write one rank's tensors, flush them to the disk, and return the SHA-256 of what the disk gives back.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
     path = folder / shard_name(rank)
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from error
     _sync(path)
     return sha256(path)
 

@@ -80,7 +80,7 @@ class CheckpointStore:
         try:
             self._together(lambda: self._make_folder(temporary))
             shards = self._together(lambda: self._write_shard(temporary, list(fragments(engine))))
-            (folder,) = self._together(lambda: self._complete(temporary, shards, state))[:1]
+            folder = self._together(lambda: self._complete(temporary, shards, state))[0]
         except UserError:
             if self._world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)

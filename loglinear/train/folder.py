@@ -1,0 +1,131 @@
+"""The folder of a run: what lies where, and what of it must fit when the run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loglinear.config import Config, load_config
+from loglinear.errors import UserError
+
+# Sections that fix what the weights mean; all others may change between two parts of a run.
+FIXED = ("model",)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.yaml`, `tokenizer.model`, `metrics.jsonl`, `checkpoints/` and `tensorboard/` below `root`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, as last started."""
+        return self.root / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """A copy of the tokenizer that the model was trained with."""
+        return self.root / "tokenizer.model"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The complete checkpoints, and one that is being written."""
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.root / "tensorboard"
+
+    def prepare(self, config: Config) -> None:
+        """Make the folder and write the configuration into it.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(config.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to run.dir {self.root} ({error.strerror}): choose another run.dir") from None
+
+    def load_config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            UserError: there is no run in this folder.
+        """
+        if not self.config.exists():
+            raise UserError(f"{self.root} is no run folder (no config.yaml in it): name the run.dir of a training run")
+        return load_config(self.config)
+
+    def keep_tokenizer(self, source: Path) -> None:
+        """Copy the tokenizer into the folder."""
+        shutil.copyfile(source, self.tokenizer)
+
+
+def check_unchanged(saved: dict[str, Any], config: Config) -> None:
+    """Refuse to go on with a model that is not the saved one.
+
+    Args:
+        saved: the configuration in the checkpoint.
+        config: the configuration to go on with.
+
+    Raises:
+        UserError: names the first setting that differs, and both values.
+    """
+    present = config.model_dump(mode="json")
+    for section in FIXED:
+        for name, before, now in _differences(section, saved.get(section), present[section]):
+            raise UserError(
+                f"{config.run.folder} was trained with {name} = {before}, but the configuration says {now}: "
+                "restore it to go on, or choose another run.dir for a new run"
+            )
+
+
+def git_revision() -> str | None:
+    """The commit of the code that runs, with `+` if files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop records after `step`, and half a line that a crash left, so that every step is recorded once."""
+    if not path.exists():
+        return
+    kept = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if _is_until(line, step))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(kept, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except ValueError:
+        return False
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, str, str]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in now | before:
+            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield name, *(yaml.safe_dump(x, default_flow_style=True).splitlines()[0] for x in (before, now))

@@ -1,0 +1,109 @@
+"""What a run shows while it trains: TensorBoard, a line a step in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from loglinear.config import Config
+from loglinear.train.engine import StepResult
+from loglinear.train.folder import RunFolder, truncate_metrics
+from loglinear.train.level_scales import LevelScaleStatistics
+
+
+class Monitor:
+    """Writes curves for rank 0. Steps count from 1: the value at step n was measured in the n-th step."""
+
+    def __init__(
+        self, folder: RunFolder, config: Config, start: int, flops_per_token: float, peak: float
+    ) -> None:
+        """Go on after step `start`; what an interrupted run wrote beyond it is dropped.
+
+        Args:
+            folder: the run's.
+            config: how often to write.
+            start: steps already made.
+            flops_per_token: of training: forward and backward.
+            peak: FLOP/s of all ranks together.
+        """
+        truncate_metrics(folder.metrics, start)
+        self._every = config.monitor.every
+        self._metrics = folder.metrics.open("a", encoding="utf-8", buffering=1)
+        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+        if start == 0:
+            self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
+        self._flops_per_token, self._peak = flops_per_token, peak
+        self._since, self._tokens = time.perf_counter(), 0
+        self.tokens_per_second = 0.0
+
+    def step(self, step: int, result: StepResult, learning_rate: float, seconds: Mapping[str, float]) -> None:
+        """Record one step.
+
+        Args:
+            step: its number.
+            result: what the engine reported.
+            learning_rate: of this step.
+            seconds: time by phase; written every `monitor.every` steps.
+        """
+        record = {"step": step, "loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
+        self._metrics.write(json.dumps(record | {"tokens": result.tokens}) + "\n")
+        self._tokens += result.tokens
+        if step % self._every:
+            return
+        now = time.perf_counter()
+        self.tokens_per_second = self._tokens / (now - self._since)
+        self._since, self._tokens = now, 0
+        self._scalars(
+            step,
+            {
+                "loss/train": result.loss,
+                "optimizer/learning_rate": learning_rate,
+                "optimizer/grad_norm": result.grad_norm,
+                "throughput/tokens_per_second": self.tokens_per_second,
+                "throughput/mfu": self.tokens_per_second * self._flops_per_token / self._peak,
+                "memory/peak_GiB": peak_memory() / 2**30,
+            }
+            | {f"step_seconds/{phase}": value for phase, value in seconds.items()},
+        )
+
+    def held_out(self, step: int, loss: float) -> None:
+        """Record the held-out loss after `step` steps, in nats per token."""
+        self._metrics.write(json.dumps({"step": step, "held_out_loss": loss}) + "\n")
+        self._scalars(step, {"loss/held_out": loss})
+
+    def text(self, step: int, text: str) -> None:
+        """Show a generated text."""
+        self._writer.add_text("sample", f"```\n{text}\n```", step)
+
+    def level_scales(self, step: int, statistics: LevelScaleStatistics) -> None:
+        """Show lambda of every layer and level: its mean over the tokens that read the level, and a histogram."""
+        for layer, level, values in statistics.take():
+            self._writer.add_scalar(f"lambda_mean/layer_{layer:02d}/level_{level:02d}", values.mean().item(), step)
+            self._writer.add_histogram(f"lambda/layer_{layer:02d}/level_{level:02d}", values, step)
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` of evaluating or saving out of the throughput."""
+        self._since += seconds
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._writer.close()
+        self._metrics.close()
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that torch held on the GPU, or that the process held in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

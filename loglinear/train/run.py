@@ -1,0 +1,218 @@
+"""A training run from start, or from where it stopped, to its end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from data_pipeline.background import start_preparation, wait_until_ready
+from data_pipeline.batch import Batch
+from data_pipeline.held_out import held_out_batches
+from data_pipeline.loader import TrainLoader
+from data_pipeline.manifest import tokenizer_path
+from data_pipeline.prepared import complete_index, open_tokenizer
+from data_pipeline.state import DataState
+from loglinear.checkpoint import CheckpointStore, Snapshot, load_weights
+from loglinear.config import Config
+from loglinear.errors import UserError
+from loglinear.model import build_model
+from loglinear.model.generation import generate
+from loglinear.parallel import World, start_world
+from loglinear.train.console import TrainConsole
+from loglinear.train.engine import Engine, StepResult
+from loglinear.train.evaluation import held_out_loss
+from loglinear.train.folder import RunFolder, check_unchanged, git_revision
+from loglinear.train.level_scales import LevelScaleStatistics
+from loglinear.train.monitor import Monitor
+from loglinear.train.schedule import learning_rate
+from loglinear.train.signals import StopRequest
+from loglinear.train.timing import StepTimer, peak_flops
+
+TRAINING_FLOPS = 3  # forward, and twice as much backward
+RECORDED_VERSIONS = ("loglinear", "torch", "deepspeed")
+
+
+def train(config: Config) -> None:
+    """Train until `config.train.steps`, or until asked to stop; called again, it goes on.
+
+    Raises:
+        UserError: the configuration does not fit the ranks, the data or the run folder; or the loss is not finite.
+    """
+    stop = StopRequest()
+    stop.listen()
+    world = start_world()
+    _Run(config, world, stop).go()
+    world.close()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """This rank's share."""
+
+    loader: TrainLoader
+    stream: Iterator[Batch]
+
+
+class _Run:
+    """Everything that lives as long as a run does."""
+
+    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
+        self.config, self.world, self.stop = config, world, stop
+        self.first = world.rank == 0
+        self.micro_batches = config.train.micro_batches(world.size)
+        peak = peak_flops(world.device, config.train.peak_tflops)
+        self.folder = RunFolder(config.run.folder)
+        self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint, world)
+        snapshot = self.store.latest()
+        if snapshot is not None:
+            check_unchanged(snapshot.state["config"], config)
+        self.start = 0 if snapshot is None else snapshot.step
+        if self.first:
+            self.folder.prepare(config)
+
+        self.console = TrainConsole(self.start, config.train.steps, config.monitor.every, self.first)
+        self.data = self._open_data(snapshot)
+        self.engine = self._make_engine(snapshot)
+        self.timer = StepTimer(world.device)
+        self.statistics = LevelScaleStatistics(self.engine.model) if self.first else None
+        self.monitor = self._make_monitor(peak * world.size) if self.first else None
+
+    def go(self) -> None:
+        """Train, evaluate, save; say how it ended."""
+        config = self.config
+        with self.console:
+            for step in range(self.start + 1, config.train.steps + 1):
+                result = self._step(step)
+                ends = step == config.train.steps
+                if step % config.eval.every == 0 or ends:
+                    self._aside(self._evaluate, step)
+                if step % config.checkpoint.every == 0 or ends or result.stop:
+                    self._aside(self._save, step)
+                if result.stop and not ends:
+                    self.console.say(f"Asked to stop: saved after step {step}. The same command goes on from there.")
+                    break
+            else:
+                self._finish()
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _open_data(self, snapshot: Snapshot | None) -> _Data:
+        config, model = self.config, self.config.model
+        if self.first:
+            self.console.say(f"Data in {config.data.dir}: training starts as soon as the first shard is prepared.")
+            process = start_preparation(config)
+            wait_until_ready(
+                config.data,
+                vocab_size=model.vocab_size,
+                samples=config.train.global_batch,
+                seq_len=model.seq_len,
+                process=process,
+            )
+            self.folder.keep_tokenizer(tokenizer_path(config.data))
+        self.world.barrier()
+        saved = None if snapshot is None else DataState.from_dict(snapshot.state["data"])
+        loader = TrainLoader(
+            config.data,
+            vocab_size=model.vocab_size,
+            seq_len=model.seq_len,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_sample=0 if saved is None else saved.samples,
+        )
+        if saved is not None:
+            saved.require_same_order(loader.state(0))
+        return _Data(loader, iter(loader))
+
+    def _make_engine(self, snapshot: Snapshot | None) -> Engine:
+        config = self.config
+        model = build_model(
+            config.model, config.run.seed, activation_checkpointing=config.train.activation_checkpointing
+        )
+        if snapshot is not None:
+            load_weights(snapshot.folder, model)
+        engine = Engine(model, config, self.world)
+        if snapshot is not None:
+            self.store.restore(snapshot, engine.deepspeed)
+            self.console.say(f"Going on after step {snapshot.step} of {config.train.steps}.")
+        return engine
+
+    def _make_monitor(self, peak: float) -> Monitor:
+        flops = TRAINING_FLOPS * build_flops(self.config)
+        return Monitor(self.folder, self.config, self.start, flops, peak)
+
+    def _step(self, step: int) -> StepResult:
+        config = self.config
+        self.timer.precise = step % config.monitor.every == 0
+        if self.statistics is not None:
+            self.statistics.recording = step % config.monitor.levels_every == 0
+        self.timer.take()
+        with self.timer("data"):
+            batches = list(islice(self.data.stream, self.micro_batches))
+        rate = learning_rate(config, step - 1)
+        result = self.engine.step(batches, rate, self.stop.asked, self.timer)
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss of step {step} is {result.loss}: start again with a lower optimizer.lr; the run goes on "
+                "from its last checkpoint"
+            )
+        if self.monitor is not None and self.statistics is not None:
+            self.monitor.step(step, result, rate, self.timer.take())
+            self.monitor.level_scales(step, self.statistics)
+            self.statistics.recording = False
+            self.console.step(step, result.loss, self.monitor.tokens_per_second)
+        return result
+
+    def _evaluate(self, step: int) -> None:
+        config = self.config
+        batches = held_out_batches(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            seq_len=config.model.seq_len,
+            batch=config.train.micro_batch,
+            limit_samples=config.eval.samples,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        loss = held_out_loss(self.engine.loss_sum, batches, self.world)
+        text = self._sample()
+        if self.monitor is not None:
+            self.monitor.held_out(step, loss)
+            self.monitor.text(step, text)
+        self.held_out, self.sample = loss, text
+        self.console.say(f"step {step}: held-out loss {loss:.4f} nats/token")
+
+    def _sample(self) -> str:
+        """The prompt continued; all ranks take part, since under ZeRO 3 each holds a piece of the weights."""
+        config = self.config
+        tokenizer = open_tokenizer(config.data, config.model.vocab_size)
+        prompt = [tokenizer.bos_id, *tokenizer.encode(config.eval.prompt)]
+        count = config.eval.generate_tokens
+        tokens = generate(self.engine.model, prompt, count, seed=config.run.seed, device=self.world.device)
+        return tokenizer.decode([*prompt, *tokens])
+
+    def _save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "learning_rate": learning_rate(self.config, step - 1),
+            "data": self.data.loader.state(step - self.start).to_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "revision": git_revision(),
+            "versions": {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS},
+        }
+        self.store.save(self.engine.deepspeed, step, state)
+
+    def _aside(self, action, step: int) -> None:
+        """Do something that is no training, and leave its time out of the throughput."""
+        start = time.perf_counter()
+        action(step)
+        if self.monitor is not None:
+            self.monitor.pause(time.perf_counter() - start)
+
+    def _finish(self) -> None:
+        pass
