@@ -4,8 +4,8 @@ Sample i of the stream is its tokens [i T, i T + T], T + 1 of them for a sequenc
 share one token, so that every token but the very first is a label once. The stream is cut into windows of
 `window` samples, and samples are shuffled inside their window. In the first pass (epoch 0) the windows come
 in stream order, so training may begin while later shards are still being made, and sees the same order as if
-it had waited; that is why the files of a folder are shuffled before (see `iterate_documents`). In later passes
-the full windows are shuffled too.
+it had waited; that is why the files of a folder are shuffled before (see `iterate_documents`). In later
+passes the full windows are shuffled too.
 """
 
 from __future__ import annotations

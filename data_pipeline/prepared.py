@@ -37,7 +37,8 @@ def open_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     tokenizer = load_tokenizer(path, vocab_size)
     if tokenizer.sha256 != preparation.tokenizer_sha256:
         raise UserError(
-            f"{path} is not the tokenizer that {data.dir} was prepared with: its SHA-256 is {tokenizer.sha256}"
-            f" instead of {preparation.tokenizer_sha256}; restore that one, or set another data.dir"
+            f"{path} is not the tokenizer that {data.dir} was prepared with: its SHA-256 is"
+            f" {tokenizer.sha256} instead of {preparation.tokenizer_sha256};"
+            " restore that one, or set another data.dir"
         )
     return tokenizer

@@ -10,33 +10,78 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from loglinear.ops.layout import Chunks, slices
-from loglinear.ops.plan import Final, Merge, Parts, Reads, Table
+from loglinear.ops.plan import Final, Merges, Parts, Reads
 
 
-def run_states(chunks: Chunks, merges: tuple[Merge, ...]) -> torch.Tensor:
+def run_states(chunks: Chunks, merges: Merges) -> torch.Tensor:
     """States of all runs, from the single chunks upwards, each decayed to its end: [X, G, N, R, P]."""
     to_end_cgrt = chunks.decay_cgrt[..., -1:] - chunks.decay_cgrt
-    state_xgnrp = _outer(chunks.k_cgtn, chunks.v_cgtrp, to_end_cgrt)
-    states = [state_xgnrp]
-    offset = 0
-    for merge in merges:
-        gap_xgr = chunks.gap(merge.since, merge.until).masked_fill(merge.missing[:, None, None], -torch.inf)
-        left_xgnrp = _decayed(state_xgnrp.index_select(0, merge.left - offset), gap_xgr)
-        offset += len(state_xgnrp)
-        state_xgnrp = left_xgnrp + state_xgnrp.index_select(0, merge.right - offset + len(state_xgnrp))
-        states.append(state_xgnrp)
-    return torch.cat(states) if merges else state_xgnrp
+    gap_ygr = chunks.gap(merges.since, merges.until).masked_fill(merges.missing[:, None, None], -torch.inf)
+    return _RunStates.apply(chunks.k_cgtn, chunks.v_cgtrp, to_end_cgrt, gap_ygr, merges)
 
 
 def _outer(k_cgtn: torch.Tensor, v_cgtrp: torch.Tensor, exponent_cgrt: torch.Tensor) -> torch.Tensor:
     """Sum over slots of exp(exponent) k v^T: [C, G, N, R, P]."""
-    weighted_cgtrp = v_cgtrp * exponent_cgrt.exp().transpose(2, 3)[..., None]
+    weighted_cgtrp = v_cgtrp * _per_slot(exponent_cgrt.exp())
     state = k_cgtn.transpose(2, 3) @ weighted_cgtrp.flatten(3)
     return state.unflatten(3, v_cgtrp.shape[3:])
 
 
-def _decayed(state_xgnrp: torch.Tensor, gap_xgr: torch.Tensor) -> torch.Tensor:
-    return state_xgnrp * gap_xgr.exp()[:, :, None, :, None]
+def _per_slot(x_cgrt: torch.Tensor) -> torch.Tensor:
+    """[C, G, R, T] to multiply [C, G, T, R, P] by."""
+    return x_cgrt.transpose(2, 3)[..., None]
+
+
+def _per_state(x_xgr: torch.Tensor) -> torch.Tensor:
+    """[X, G, R] to multiply [X, G, N, R, P] by."""
+    return x_xgr[:, :, None, :, None]
+
+
+class _RunStates(torch.autograd.Function):
+    """An up-sweep into one tensor; the backward pass is the down-sweep. y: runs of more than one chunk."""
+
+    @staticmethod
+    def forward(ctx, k_cgtn, v_cgtrp, to_end_cgrt, gap_ygr, merges):
+        rows = len(k_cgtn)
+        states_xgnrp = k_cgtn.new_empty(
+            rows + len(gap_ygr), k_cgtn.shape[1], k_cgtn.shape[3], *v_cgtrp.shape[3:]
+        )
+        for c in slices(rows, v_cgtrp[0].numel(), v_cgtrp.device):
+            states_xgnrp[c] = _outer(k_cgtn[c], v_cgtrp[c], to_end_cgrt[c])
+        decay_ygr = gap_ygr.exp()
+        for y in merges.heights:
+            left_ygnrp = states_xgnrp.index_select(0, merges.left[y])
+            right_ygnrp = states_xgnrp.index_select(0, merges.right[y])
+            above = slice(rows + y.start, rows + y.stop)
+            states_xgnrp[above] = right_ygnrp.addcmul_(left_ygnrp, _per_state(decay_ygr[y]))
+        ctx.save_for_backward(k_cgtn, v_cgtrp, to_end_cgrt, decay_ygr, states_xgnrp)
+        ctx.merges = merges
+        return states_xgnrp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dstates_xgnrp):
+        k_cgtn, v_cgtrp, to_end_cgrt, decay_ygr, states_xgnrp = ctx.saved_tensors
+        rows = len(k_cgtn)
+        dgap_ygr = torch.empty_like(decay_ygr)
+        if len(decay_ygr):
+            dstates_xgnrp = dstates_xgnrp.clone()
+        for y in reversed(ctx.merges.heights):
+            left, right = ctx.merges.left[y], ctx.merges.right[y]
+            below, above = slice(rows + y.start), slice(rows + y.start, rows + y.stop)
+            dstates_xgnrp[below].index_add_(0, right, dstates_xgnrp[above])
+            dleft_ygnrp = dstates_xgnrp[above] * _per_state(decay_ygr[y])
+            dstates_xgnrp[below].index_add_(0, left, dleft_ygnrp)
+            dgap_ygr[y] = dleft_ygnrp.mul_(states_xgnrp.index_select(0, left)).sum((2, 4))
+        dk_cgtn, dv_cgtrp, dto_end_cgrt = map(torch.empty_like, (k_cgtn, v_cgtrp, to_end_cgrt))
+        for c in slices(rows, v_cgtrp[0].numel(), v_cgtrp.device):
+            decay_cgtr1 = _per_slot(to_end_cgrt[c].exp())
+            dstates_cgnf = dstates_xgnrp[c].flatten(3)
+            dk_cgtn[c] = (v_cgtrp[c] * decay_cgtr1).flatten(3) @ dstates_cgnf.transpose(2, 3)
+            dweighted_cgtf = k_cgtn[c] @ dstates_cgnf
+            dv_c = torch.mul(dweighted_cgtf.view_as(v_cgtrp[c]), decay_cgtr1, out=dv_cgtrp[c])
+            dto_end_cgrt[c] = (dv_c * v_cgtrp[c]).sum(4).transpose(2, 3)
+        return dk_cgtn, dv_cgtrp, dto_end_cgrt, dgap_ygr, None
 
 
 def initial_states(buckets_shknp: torch.Tensor, chunks: Chunks) -> torch.Tensor:
@@ -74,18 +119,18 @@ class _AddReads(torch.autograd.Function):
     """o[row] += weights * (q[row] @ states[source]), a few pairs at a time; nothing of O(T log T) is kept."""
 
     @staticmethod
-    def forward(ctx, o_cgtrp, q_cgtn, states_xgnrp, weights_mgrt, row, source):  # noqa: ANN001
+    def forward(ctx, o_cgtrp, q_cgtn, states_xgnrp, weights_mgrt, row, source):
         ctx.mark_dirty(o_cgtrp)
         ctx.save_for_backward(q_cgtn, states_xgnrp, weights_mgrt, row, source)
         for m in slices(len(row), o_cgtrp[0].numel(), q_cgtn.device):
             read_mgtf = q_cgtn.index_select(0, row[m]) @ states_xgnrp.index_select(0, source[m]).flatten(3)
             read_mgtrp = read_mgtf.unflatten(3, o_cgtrp.shape[3:])
-            o_cgtrp.index_add_(0, row[m], read_mgtrp.mul_(weights_mgrt[m].transpose(2, 3)[..., None]))
+            o_cgtrp.index_add_(0, row[m], read_mgtrp.mul_(_per_slot(weights_mgrt[m])))
         return o_cgtrp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do_cgtrp):  # noqa: ANN001
+    def backward(ctx, do_cgtrp):
         q_cgtn, states_xgnrp, weights_mgrt, row, source = ctx.saved_tensors
         dq_cgtn, dstates_xgnrp = torch.zeros_like(q_cgtn), torch.zeros_like(states_xgnrp)
         dweights_mgrt = torch.empty_like(weights_mgrt)
@@ -97,7 +142,7 @@ class _AddReads(torch.autograd.Function):
             do_mgtrp = do_cgtrp.index_select(0, row[m])
             read_mgtrp = (q_mgtn @ states_mgnf).view_as(do_mgtrp)
             dweights_mgrt[m] = read_mgtrp.mul_(do_mgtrp).sum(4).transpose(2, 3)
-            dread_mgtf = do_mgtrp.mul_(weights_mgrt[m].transpose(2, 3)[..., None]).flatten(3)
+            dread_mgtf = do_mgtrp.mul_(_per_slot(weights_mgrt[m])).flatten(3)
             dq_cgtn.index_add_(0, row[m], dread_mgtf @ states_mgnf.transpose(2, 3))
             dstates_mgnf = q_mgtn.transpose(2, 3) @ dread_mgtf
             dstates_xgnrp.index_add_(0, source[m], dstates_mgnf.unflatten(3, do_cgtrp.shape[3:]))
@@ -129,4 +174,4 @@ def _add_parts(
 ) -> torch.Tensor:
     states_mgnrp = states_xgnrp.index_select(0, parts.source)
     gap_mgr = chunks.gap(parts.since, parts.until)
-    return total_xgnrp.index_add(0, parts.target, _decayed(states_mgnrp, gap_mgr))
+    return total_xgnrp.index_add(0, parts.target, states_mgnrp * _per_state(gap_mgr.exp()))

@@ -56,7 +56,7 @@ def _spread(scales_cgrtl: torch.Tensor, level_ts: torch.Tensor) -> torch.Tensor:
 
 class _Intra(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_cgtn, k_cgtn, v_cgtrp, decay_cgrt, scales_cgrtl):  # noqa: ANN001
+    def forward(ctx, q_cgtn, k_cgtn, v_cgtrp, decay_cgrt, scales_cgrtl):
         ctx.save_for_backward(q_cgtn, k_cgtn, v_cgtrp, decay_cgrt, scales_cgrtl)
         chunk = q_cgtn.shape[2]
         tables = _tables(chunk, v_cgtrp.dtype, v_cgtrp.device)
@@ -71,7 +71,7 @@ class _Intra(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do_cgtrp):  # noqa: ANN001
+    def backward(ctx, do_cgtrp):
         q_cgtn, k_cgtn, v_cgtrp, decay_cgrt, scales_cgrtl = ctx.saved_tensors
         chunk = q_cgtn.shape[2]
         tables = _tables(chunk, v_cgtrp.dtype, v_cgtrp.device)

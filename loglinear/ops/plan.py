@@ -10,6 +10,7 @@ Everything is vectorised over rows, because packed documents make a new plan for
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,9 +25,10 @@ Table = torch.Tensor  # int64 with one dimension, unless said otherwise
 
 
 @dataclass(frozen=True)
-class Merge:
-    """The runs of one height: state = exp(G[until] - G[since]) * left + right, G at boundaries."""
+class Merges:
+    """The runs of more than one chunk: state = exp(G[until] - G[since]) * left + right, G at boundaries."""
 
+    heights: tuple[slice, ...]  # the runs of 2, 4, 8, ... chunks in the tables below
     left: Table
     right: Table
     missing: torch.Tensor  # bool, the sequence starts after the left half, and `left` is any id
@@ -79,7 +81,7 @@ class Plan:
 
     rows: int
     slots: Table | None  # slot of every token among rows * C; None when tokens fill the rows exactly
-    merges: tuple[Merge, ...]
+    merges: Merges
     reads: Reads  # source: a run
     initial_reads: Reads  # source: sequence * K_initial + bucket
     final: Final | None
@@ -116,7 +118,7 @@ def make_plan(
     return Plan(
         rows=layout.rows,
         slots=None if len(slots) == layout.rows * chunk else put([slots])[0],
-        merges=tuple(Merge(*put(_merge(layout, height))) for height in range(1, layout.heights)),
+        merges=Merges(layout.slices(), *put(_merges(layout))),
         reads=Reads(*put(_reads(layout))),
         initial_reads=Reads(*put(_initial_reads(layout, initial_buckets))),
         final=final,
@@ -149,6 +151,11 @@ class _Layout:
         before = np.cumsum(self.run_counts).reshape(self.run_counts.shape) - self.run_counts
         self.run_zero = before - self.first_run  # id that the run with index 0 has, or would have
 
+    def slices(self) -> tuple[slice, ...]:
+        """Where the runs of each height above the rows lie among all runs above the rows."""
+        ends = np.cumsum(self.run_counts[1:].sum(1)).tolist()
+        return tuple(slice(start, end) for start, end in itertools.pairwise([0, *ends]))
+
     def boundary(self, sequence: np.ndarray, chunk: np.ndarray) -> np.ndarray:
         """The boundary before a chunk."""
         return self.base[sequence] + chunk - self.first[sequence]
@@ -180,13 +187,14 @@ def _slots(layout: _Layout) -> np.ndarray:
     return position + (layout.base - layout.first)[sequence] * layout.chunk
 
 
-def _merge(layout: _Layout, height: int) -> tuple[np.ndarray, ...]:
-    sequence, index = _ranges(layout.first_run[height], layout.run_counts[height])
-    right = layout.run_zero[height - 1, sequence] + 2 * index + 1
-    missing = 2 * index < layout.first_run[height - 1, sequence]
-    since = layout.boundary(sequence, (2 * index + 1) << (height - 1))
-    until = layout.boundary(sequence, (index + 1) << height)
-    return np.where(missing, right, right - 1), right, missing, np.where(missing, until, since), until
+def _merges(layout: _Layout) -> tuple[np.ndarray, ...]:
+    owner, index = _ranges(layout.first_run[1:].ravel(), layout.run_counts[1:].ravel())
+    below, sequence = np.divmod(owner, len(layout.starts))  # height of the halves
+    right = layout.run_zero[below, sequence] + 2 * index + 1
+    missing = 2 * index < layout.first_run[below, sequence]
+    until = layout.boundary(sequence, (2 * index + 2) << below)
+    since = np.where(missing, until, layout.boundary(sequence, (2 * index + 1) << below))
+    return np.where(missing, right, right - 1), right, missing, since, until
 
 
 def _reads(layout: _Layout) -> tuple[np.ndarray, ...]:

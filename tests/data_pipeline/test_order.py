@@ -1,0 +1,50 @@
+"""The order is a pure function of the seed and a sample's number, and every pass takes each sample once."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.order import SampleOrder
+
+orders = st.builds(SampleOrder, seed=st.integers(), window=st.integers(1, 20))
+totals = st.integers(1, 100)
+
+
+def one_pass(order: SampleOrder, total: int, epoch: int) -> list[int]:
+    return [order.locate(epoch * total + place, total) for place in range(total)]
+
+
+@given(order=orders, total=totals, epoch=st.integers(0, 3))
+def test_each_pass_takes_every_sample_once(order: SampleOrder, total: int, epoch: int) -> None:
+    assert sorted(one_pass(order, total, epoch)) == list(range(total))
+
+
+@given(order=orders, total=totals, data=st.data())
+def test_the_order_is_the_same_before_the_total_is_known(
+    order: SampleOrder, total: int, data: st.DataObject
+) -> None:
+    number = data.draw(st.integers(0, total - 1))
+    if order.needed(number) <= total:
+        known = data.draw(st.integers(order.needed(number), total))
+        assert order.locate(number, known) == order.locate(number, total)
+
+
+@given(order=orders, total=totals)
+def test_the_first_pass_takes_the_windows_in_stream_order(order: SampleOrder, total: int) -> None:
+    windows = [sample // order.window for sample in one_pass(order, total, 0)]
+    assert windows == sorted(windows)
+
+
+def test_passes_and_seeds_differ() -> None:
+    passes = [one_pass(SampleOrder(seed, 10), 105, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len(set(map(tuple, passes))) == len(passes)
+    later_windows = [sample // 10 for sample in passes[1][::10]]
+    assert later_windows[:10] != sorted(later_windows[:10])
+    assert later_windows[10] == 10, "the shorter last window stays last"
+
+
+def test_the_order_never_changes() -> None:
+    """These numbers are a promise: a run that is resumed with a newer version goes on in the same order."""
+    assert one_pass(SampleOrder(seed=0, window=4), 10, 0) == [1, 0, 2, 3, 6, 7, 5, 4, 8, 9]
+    assert one_pass(SampleOrder(seed=0, window=4), 10, 1) == [5, 4, 7, 6, 2, 1, 3, 0, 9, 8]
