@@ -1,0 +1,75 @@
+"""The public op, and what it costs.
+
+Shapes: b batch, t time, h value head, g query/key group, n state (key) size, p value head size, l level.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loglinear.ops.chunk import CHUNK, chunk_log_linear_attention
+from loglinear.ops.state import LogLinearState
+
+
+def log_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    level_scales: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: LogLinearState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, LogLinearState | None]:
+    """Log-linear attention: every query reads O(log T) buckets of its past, each with a scale of its own.
+
+    o_t = sum over levels l of level_scales[t, l] * scale * q_t^T S[t, l], where S[t, l] is the sum over the
+    tokens s of t's bucket at level l of exp(g_{s+1} + ... + g_t) k_s v_s^T. Positions count from the start of
+    the sequence, the tokens behind `initial_state` included.
+
+    Args:
+        q, k: queries and keys [B, T, G, N]; group i serves the heads [i H / G, (i + 1) H / G).
+        v: values [B, T, H, P], with q's dtype.
+        g: log-decay [B, T, H], at most 0, in nats per token.
+        level_scales: lambda [B, T, H, L] with L >= `num_levels` of the longest sequence; None means all ones,
+            which is linear attention with a scalar gate (Mamba-2).
+        scale: multiplies q.
+        initial_state: what the B sequences (or, with `cu_seqlens`, the documents) have seen before.
+        output_final_state: also return what they have seen after the last token.
+        cu_seqlens: int32 or int64 [documents + 1] on the CPU, boundaries of documents packed into one row (then
+            B = 1), each with a state of its own.
+
+    Returns:
+        o [B, T, H, P] in v's dtype, and the final state (fp32, or fp64 if an input is) or None.
+
+    Raises:
+        UserError: shapes, dtypes, devices, levels or boundaries do not fit together; the message names which.
+
+    Source: arXiv 2506.04761; adaptive `level_scales`: arXiv 2605.06946.
+    """
+    return chunk_log_linear_attention(
+        q,
+        k,
+        v,
+        g,
+        level_scales,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def flops_per_token(seq_len: int, heads: int, groups: int, state_dim: int, head_dim: int) -> int:
+    """Forward FLOPs of the op for a token, averaged over a document of `seq_len` tokens.
+
+    Matrix products alone, two FLOPs per multiply-add: within a chunk (the causal half), the chunk's state, and
+    the states that the chunk reads.
+    """
+    chunk = min(CHUNK, seq_len)
+    chunks = -(-seq_len // chunk)
+    states_read = sum(c.bit_count() for c in range(chunks)) / chunks
+    within = chunk * (groups * state_dim + heads * head_dim)
+    return round(within + 2 * heads * state_dim * head_dim * (1 + states_read))

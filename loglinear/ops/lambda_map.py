@@ -1,0 +1,225 @@
+"""The maps from a token to its level scales, lambda: fixed, linear, or a two-layer MLP (the adaptive form).
+
+Shapes: b batch, t time, d model width, h head, l level, m hidden size of the MLP.
+Sources: `scaled` arXiv 2506.04761; `mlp` and its variants arXiv 2605.06946; the others for comparison.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from loglinear.config import LevelScaleName
+from loglinear.errors import UserError
+from loglinear.ops.fenwick import num_levels
+
+SOFTPLUS_INVERSE_OF_1 = math.log(math.expm1(1.0))
+
+
+class LambdaMap(nn.Module):
+    """softplus of `logits`, so lambda > 0; subclasses say where the logits come from.
+
+    It initialises its own weights, and whoever initialises a model must leave them alone.
+    """
+
+    def __init__(self, levels: int, beyond: str) -> None:
+        """`levels` are trained; `beyond` ("error" or "clamp") says what longer sequences get."""
+        super().__init__()
+        self.levels, self.beyond = levels, beyond
+
+    def forward(
+        self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int
+    ) -> torch.Tensor | None:
+        """Level scales, or None if they are all one.
+
+        Args:
+            x_btd: the mixer's input [B, T, D].
+            positions_bt: int64 [B, T], of each token in its own document.
+            length: at least the largest position + 1.
+
+        Returns:
+            fp32 [B, T, H, L], L at least `num_levels(length)`.
+
+        Raises:
+            UserError: `length` needs more levels than were trained, and the policy is "error".
+        """
+        logits_bthl = self.logits(x_btd).float()
+        missing = num_levels(length) - self.levels
+        if missing > 0:
+            if self.beyond == "error":
+                raise UserError(
+                    f"a sequence of {length} tokens needs {num_levels(length)} levels, but {self.levels} were"
+                    " trained: give a shorter one, or set model.log_linear.beyond_trained_levels=clamp"
+                )
+            last_bthl = logits_bthl[..., -1:].expand(*logits_bthl.shape[:3], missing)
+            logits_bthl = torch.cat([logits_bthl, last_bthl], -1)
+        return self.activate(logits_bthl, positions_bt)
+
+    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """What the activation is applied to: broadcastable to [B, T, H, L]."""
+        raise NotImplementedError
+
+    def activate(self, logits_bthl: torch.Tensor, positions_bt: torch.Tensor) -> torch.Tensor:
+        """Lambda from fp32 logits [B, T, H, L]."""
+        return F.softplus(logits_bthl)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of the matrix products for a token."""
+        return 0
+
+
+class NoLambdaMap(LambdaMap):
+    """lambda = 1: plain linear attention."""
+
+    def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> None:
+        """None: the op then pays for no levels."""
+
+
+class StaticLambdaMap(LambdaMap):
+    """softplus(P[h, l]), whatever the input; starts at 1."""
+
+    def __init__(self, heads: int, levels: int, beyond: str) -> None:
+        super().__init__(levels, beyond)
+        self.scale_hl = nn.Parameter(torch.full((heads, levels), SOFTPLUS_INVERSE_OF_1))
+
+    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
+        return self.scale_hl.expand(*x_btd.shape[:2], -1, -1)
+
+
+class _Projected(LambdaMap):
+    """A map of the level logits dl[h, l], one linear projection of the token."""
+
+    def __init__(self, dim: int, heads: int, levels: int, beyond: str) -> None:
+        super().__init__(levels, beyond)
+        self.level_proj = nn.Linear(dim, heads * levels, bias=False)
+        nn.init.normal_(self.level_proj.weight, std=dim**-0.5)  # unit variance from a normed input
+
+    def project(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """dl: [B, T, H, L]."""
+        return self.level_proj(x_btd).unflatten(2, (-1, self.levels))
+
+    def flops_per_token(self) -> int:
+        return _linear_flops(self.level_proj)
+
+
+class ScaledLambdaMap(_Projected):
+    """softplus(P[h, l] * dl[t, h, l]), P = 1 at the start: the log-linear paper's, and so the seed's baseline."""
+
+    def __init__(self, dim: int, heads: int, levels: int, beyond: str) -> None:
+        super().__init__(dim, heads, levels, beyond)
+        self.scale_hl = nn.Parameter(torch.ones(heads, levels))
+
+    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
+        return self.scale_hl * self.project(x_btd)
+
+
+class LinearLambdaMap(_Projected):
+    """softplus(dl + b[h, l]): the MLP's simplest rival; starts at 1."""
+
+    def __init__(self, dim: int, heads: int, levels: int, beyond: str) -> None:
+        super().__init__(dim, heads, levels, beyond)
+        nn.init.zeros_(self.level_proj.weight)
+        self.bias_hl = nn.Parameter(torch.full((heads, levels), SOFTPLUS_INVERSE_OF_1))
+
+    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
+        return self.bias_hl + self.project(x_btd)
+
+
+class MLPLambdaMap(_Projected):
+    """softplus(W2 gelu(W1 dl + b1) + b2) on each head's L logits, one MLP for all heads; starts at 1."""
+
+    def __init__(self, dim: int, heads: int, levels: int, beyond: str, hidden: int) -> None:
+        super().__init__(dim, heads, levels, beyond)
+        self.mlp = _make_mlp(levels, hidden, levels)
+
+    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.project(x_btd))
+
+    def flops_per_token(self) -> int:
+        heads = self.level_proj.out_features // self.levels
+        return super().flops_per_token() + heads * _mlp_flops(self.mlp)
+
+
+class SoftmaxLambdaMap(MLPLambdaMap):
+    """A softmax over all levels of the same MLP; gives weight to levels that are empty."""
+
+    def activate(self, logits_bthl: torch.Tensor, positions_bt: torch.Tensor) -> torch.Tensor:
+        return logits_bthl.softmax(-1)
+
+
+class MaskedSoftmaxLambdaMap(MLPLambdaMap):
+    """A softmax over the levels whose bucket is not empty: level 0, and l wherever bit l - 1 of t is set."""
+
+    def activate(self, logits_bthl: torch.Tensor, positions_bt: torch.Tensor) -> torch.Tensor:
+        bucket_l = torch.arange(-1, logits_bthl.shape[-1] - 1, device=positions_bt.device)
+        occupied_btl = (positions_bt[..., None] >> bucket_l.clamp(min=0)) & 1 == 1
+        active_btl = occupied_btl | (bucket_l < 0)
+        return logits_bthl.masked_fill(~active_btl[:, :, None], -torch.inf).softmax(-1)
+
+
+class TokenMLPLambdaMap(LambdaMap):
+    """softplus(W2 gelu(W1 x + b1) + b2) from the token to all heads and levels, as the text describes; starts at 1."""
+
+    def __init__(self, dim: int, heads: int, levels: int, beyond: str, hidden: int) -> None:
+        super().__init__(levels, beyond)
+        self.mlp = _make_mlp(dim, hidden, heads * levels)
+
+    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x_btd).unflatten(2, (-1, self.levels))
+
+    def flops_per_token(self) -> int:
+        return _mlp_flops(self.mlp)
+
+
+def make_lambda_map(
+    name: LevelScaleName, *, dim: int, heads: int, levels: int, hidden: int, beyond: str
+) -> LambdaMap:
+    """The map called `name`, for `heads` heads and `levels` trained levels.
+
+    Args:
+        name: as in the configuration.
+        dim: width of the token.
+        heads: value heads.
+        levels: `num_levels` of the training length.
+        hidden: of the MLP, for the names that begin with `mlp`.
+        beyond: "error" or "clamp" (repeat the last trained level) for longer sequences.
+    """
+    projected = {"dim": dim, "heads": heads, "levels": levels, "beyond": beyond}
+    match name:
+        case "none":
+            return NoLambdaMap(levels, beyond)
+        case "static":
+            return StaticLambdaMap(heads, levels, beyond)
+        case "scaled":
+            return ScaledLambdaMap(**projected)
+        case "linear":
+            return LinearLambdaMap(**projected)
+        case "mlp":
+            return MLPLambdaMap(**projected, hidden=hidden)
+        case "mlp_token":
+            return TokenMLPLambdaMap(**projected, hidden=hidden)
+        case "mlp_softmax":
+            return SoftmaxLambdaMap(**projected, hidden=hidden)
+        case "mlp_masked_softmax":
+            return MaskedSoftmaxLambdaMap(**projected, hidden=hidden)
+
+
+def _make_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """W1 Xavier, b1 = 0, W2 = 0, b2 such that softplus gives 1: training starts at plain linear attention."""
+    first, second = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+    nn.init.xavier_uniform_(first.weight)
+    nn.init.zeros_(first.bias)
+    nn.init.zeros_(second.weight)
+    nn.init.constant_(second.bias, SOFTPLUS_INVERSE_OF_1)
+    return nn.Sequential(first, nn.GELU(), second)
+
+
+def _mlp_flops(mlp: nn.Sequential) -> int:
+    return sum(_linear_flops(layer) for layer in mlp if isinstance(layer, nn.Linear))
+
+
+def _linear_flops(layer: nn.Linear) -> int:
+    return 2 * layer.in_features * layer.out_features
