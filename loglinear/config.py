@@ -159,7 +159,9 @@ class ScheduleConfig(Section):
         if self.kind == "wsd" and self.decay_steps == 0:
             raise ValueError("kind wsd needs decay_steps, the length of its final decay")
         if self.kind == "cosine" and self.decay_steps:
-            raise ValueError("decay_steps belongs to kind wsd; a cosine decays over all steps after the warm-up")
+            raise ValueError(
+                "decay_steps belongs to kind wsd; a cosine decays over all steps after the warm-up"
+            )
         return self
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from loglinear.config import ModelConfig
-from loglinear.model.layers import Documents, linear_flops, rotate
+from loglinear.model.layers import Documents, rotate
+from loglinear.ops.flops import linear_flops
 
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 

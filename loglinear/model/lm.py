@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from loglinear.config import ModelConfig
 from loglinear.model.attention import KeyValueCache
 from loglinear.model.block import Block
-from loglinear.model.layers import Documents, linear_flops
+from loglinear.model.layers import Documents
 from loglinear.model.mixer import MixerState
+from loglinear.ops.flops import linear_flops
 from loglinear.ops.lambda_map import LambdaMap
 
 
@@ -117,7 +118,9 @@ class LanguageModel(nn.Module):
 
         Lambda maps initialise themselves: a generic start would undo lambda = 1.
         """
-        own = {child for module in self.modules() if isinstance(module, LambdaMap) for child in module.modules()}
+        own = {
+            child for module in self.modules() if isinstance(module, LambdaMap) for child in module.modules()
+        }
         for name, module in self.named_modules():
             if module in own or not isinstance(module, nn.Linear | nn.Embedding):
                 continue

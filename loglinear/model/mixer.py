@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from loglinear.config import ModelConfig
-from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv, linear_flops
+from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv
 from loglinear.ops import LogLinearState, log_linear_attention, num_levels, recurrent_step
-from loglinear.ops import flops_per_token as op_flops_per_token
+from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
@@ -99,7 +99,7 @@ class LogLinearMixer(nn.Module):
         v_bthp = v.unflatten(2, (-1, self.head_dim))
         step_bth = F.softplus(self.dt_proj(x_btd).float() + self.dt_bias.float())
         g_bth = -self.A_log.float().exp() * step_bth
-        scales_bthl = self.lambda_map(x_btd, documents.positions_bt)
+        scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
         weighted_bthp = v_bthp * step_bth[..., None].to(v_bthp.dtype)
         memory = None if state is None else state.memory
         o_bthp, memory = _attend(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
@@ -117,7 +117,9 @@ class LogLinearMixer(nn.Module):
         heads = weight.shape[0]
         memory = LogLinearState.empty(batch, heads, self.state_dim, self.head_dim, device=weight.device)
         recent = tuple(
-            torch.zeros(batch, conv.width - 1, conv.bias.shape[0], dtype=conv.bias.dtype, device=weight.device)
+            torch.zeros(
+                batch, conv.width - 1, conv.bias.shape[0], dtype=conv.bias.dtype, device=weight.device
+            )
             for conv in (self.q_conv, self.k_conv, self.v_conv)
         )
         return MixerState(memory, recent)
@@ -127,7 +129,7 @@ class LogLinearMixer(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj, self.out_proj)
         heads = self.dt_proj.out_features
         groups = self.q_proj.out_features // self.state_dim
-        attention = op_flops_per_token(seq_len, heads, groups, self.state_dim, self.head_dim)
+        attention = attention_flops(seq_len, heads, groups, self.state_dim, self.head_dim)
         return sum(map(linear_flops, layers)) + self.lambda_map.flops_per_token() + attention
 
 

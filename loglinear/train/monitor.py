@@ -84,7 +84,9 @@ class Monitor:
     def level_scales(self, step: int, statistics: LevelScaleStatistics) -> None:
         """Show lambda of every layer and level: its mean over the tokens that read the level, and a histogram."""
         for layer, level, values in statistics.take():
-            self._writer.add_scalar(f"lambda_mean/layer_{layer:02d}/level_{level:02d}", values.mean().item(), step)
+            self._writer.add_scalar(
+                f"lambda_mean/layer_{layer:02d}/level_{level:02d}", values.mean().item(), step
+            )
             self._writer.add_histogram(f"lambda/layer_{layer:02d}/level_{level:02d}", values, step)
 
     def pause(self, seconds: float) -> None:

@@ -93,7 +93,9 @@ class _Run:
                 if step % config.checkpoint.every == 0 or ends or result.stop:
                     self._aside(self._save, step)
                 if result.stop and not ends:
-                    self.console.say(f"Asked to stop: saved after step {step}. The same command goes on from there.")
+                    self.console.say(
+                        f"Asked to stop: saved after step {step}. The same command goes on from there."
+                    )
                     break
             else:
                 self._finish()
@@ -103,7 +105,9 @@ class _Run:
     def _open_data(self, snapshot: Snapshot | None) -> _Data:
         config, model = self.config, self.config.model
         if self.first:
-            self.console.say(f"Data in {config.data.dir}: training starts as soon as the first shard is prepared.")
+            self.console.say(
+                f"Data in {config.data.dir}: training starts as soon as the first shard is prepared."
+            )
             process = start_preparation(config)
             wait_until_ready(
                 config.data,

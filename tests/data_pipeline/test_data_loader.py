@@ -183,7 +183,9 @@ def test_a_shard_of_another_tokenizer_is_refused(own: DataConfig) -> None:
     record = own.dir / "shard-00001.json"
     sha256 = open_tokenizer(own, VOCAB).sha256
     record.write_text(record.read_text().replace(sha256, "0" * 64))
-    with pytest.raises(UserError, match=f"shard-00001.json was made with the tokenizer of SHA-256 {'0' * 64}"):
+    with pytest.raises(
+        UserError, match=f"shard-00001.json was made with the tokenizer of SHA-256 {'0' * 64}"
+    ):
         load(own, 1)
 
 

@@ -19,7 +19,9 @@ from loglinear.errors import UserError
 TEXTS = ["first\ntext\n", " second\r\n", "third ▁ \u00e9 \U0001f600", "fourth"]
 
 
-def read(kind: str, path: Path | str, seed: int = 0, skip: int = 0, **options: Any) -> list[Document | Skipped]:
+def read(
+    kind: str, path: Path | str, seed: int = 0, skip: int = 0, **options: Any
+) -> list[Document | Skipped]:
     source = SourceConfig.model_validate({"kind": kind, "path": str(path), **options})
     return list(iterate_documents([source], seed, skip))
 
