@@ -16,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from loglinear.errors import UserError
 
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
-LevelScaleName = Literal[
-    "none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"
-]
+LevelScaleName = Literal["none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"]
 MixerName = Literal["log_linear", "softmax"]
 
 
@@ -123,7 +121,10 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    """Prepared token shards in `dir`, made from `sources`; documents whose hash falls under `held_out` are not trained on."""
+    """Prepared token shards in `dir`, made from `sources`.
+
+    Documents whose hash falls under `held_out` are kept for evaluation.
+    """
 
     dir: Path = Path("data/prepared")
     sources: tuple[SourceConfig, ...] = Field((SourceConfig(kind="stdlib"),), min_length=1)
@@ -159,9 +160,7 @@ class ScheduleConfig(Section):
         if self.kind == "wsd" and self.decay_steps == 0:
             raise ValueError("kind wsd needs decay_steps, the length of its final decay")
         if self.kind == "cosine" and self.decay_steps:
-            raise ValueError(
-                "decay_steps belongs to kind wsd; a cosine decays over all steps after the warm-up"
-            )
+            raise ValueError("decay_steps belongs to kind wsd; a cosine decays over all steps after the warm-up")
         return self
 
 

@@ -36,9 +36,7 @@ def shard_name(rank: int) -> str:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Folders of the complete checkpoints below `root`, oldest first."""
-    return sorted(
-        marker.parent for marker in root.glob(f"step-*/{COMPLETE}") if marker.parent.suffix != TEMPORARY
-    )
+    return sorted(marker.parent for marker in root.glob(f"step-*/{COMPLETE}") if marker.parent.suffix != TEMPORARY)
 
 
 def step_of(folder: Path) -> int:

@@ -60,15 +60,10 @@ class ShortConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(
-        self, x_btc: torch.Tensor, documents: Documents, past_bwc: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_btc: torch.Tensor, documents: Documents, past_bwc: torch.Tensor | None = None) -> torch.Tensor:
         """Shapes [B, T, C] in and out; `past_bwc` [B, width - 1, C] are the inputs before the first token."""
         time, reach = x_btc.shape[1], self.width - 1
-        if past_bwc is None:
-            padded_btc = F.pad(x_btc, (0, 0, reach, 0))
-        else:
-            padded_btc = torch.cat([past_bwc, x_btc], 1)
+        padded_btc = F.pad(x_btc, (0, 0, reach, 0)) if past_bwc is None else torch.cat([past_bwc, x_btc], 1)
         y_btc = self.bias + self.weight[0] * x_btc
         for back in range(1, self.width):
             shifted_btc = padded_btc[:, reach - back : reach - back + time]

@@ -118,9 +118,7 @@ class LanguageModel(nn.Module):
 
         Lambda maps initialise themselves: a generic start would undo lambda = 1.
         """
-        own = {
-            child for module in self.modules() if isinstance(module, LambdaMap) for child in module.modules()
-        }
+        own = {child for module in self.modules() if isinstance(module, LambdaMap) for child in module.modules()}
         for name, module in self.named_modules():
             if module in own or not isinstance(module, nn.Linear | nn.Embedding):
                 continue

@@ -113,14 +113,11 @@ class LogLinearMixer(nn.Module):
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""
-        weight = self.A_log
-        heads = weight.shape[0]
+        weight, reach = self.q_proj.weight, self.q_conv.width - 1
+        heads = self.v_proj.out_features // self.head_dim  # a weight's own shape is gone while ZeRO 3 holds it
         memory = LogLinearState.empty(batch, heads, self.state_dim, self.head_dim, device=weight.device)
         recent = tuple(
-            torch.zeros(
-                batch, conv.width - 1, conv.bias.shape[0], dtype=conv.bias.dtype, device=weight.device
-            )
-            for conv in (self.q_conv, self.k_conv, self.v_conv)
+            weight.new_zeros(batch, reach, proj.out_features) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return MixerState(memory, recent)
 
@@ -143,10 +140,9 @@ def _attend(
     documents: Documents,
 ) -> tuple[torch.Tensor, LogLinearState | None]:
     """The op over many tokens, or its decoding step for one."""
-    inputs = (q_btgn, k_btgn, v_bthp, g_bth, scales_bthl)
     if memory is not None and v_bthp.shape[1] == 1:
-        q, k, v, g, scales = (None if x is None else x[:, 0] for x in inputs)
-        assert q is not None and k is not None and v is not None and g is not None
+        q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
+        scales = None if scales_bthl is None else scales_bthl[:, 0]
         o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
         return o_bhp[:, None], memory
     return log_linear_attention(

@@ -173,9 +173,7 @@ class TokenMLPLambdaMap(LambdaMap):
         return _mlp_flops(self.mlp)
 
 
-def make_lambda_map(
-    name: LevelScaleName, *, dim: int, heads: int, levels: int, hidden: int, beyond: str
-) -> LambdaMap:
+def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, hidden: int, beyond: str) -> LambdaMap:
     """The map called `name`, for `heads` heads and `levels` trained levels.
 
     Args:

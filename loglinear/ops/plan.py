@@ -88,9 +88,7 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def make_plan(
-    sequences: Sequences, chunk: int, initial_buckets: int, final_state: bool, device: torch.device
-) -> Plan:
+def make_plan(sequences: Sequences, chunk: int, initial_buckets: int, final_state: bool, device: torch.device) -> Plan:
     """The plan for these lengths and starts, with its tables on `device`.
 
     Args:

@@ -132,9 +132,7 @@ def recurrent_log_linear_attention(
     for number, length in enumerate(sequences.lengths):
         now = slice(token, token + length)
         inputs = (x[:, now] for x in (q, k, v, g))
-        o, last = _scan(
-            state[number : number + 1], *inputs, None if scales is None else scales[:, now], scale=scale
-        )
+        o, last = _scan(state[number : number + 1], *inputs, None if scales is None else scales[:, now], scale=scale)
         outputs.append(o)
         states.append(last)
         token += length
@@ -153,8 +151,6 @@ def _scan(
     outputs = []
     for t in range(v_bthp.shape[1]):
         now = (q_btgn[:, t], k_btgn[:, t], v_bthp[:, t], g_bth[:, t])
-        o_bhp, state = recurrent_step(
-            state, *now, None if scales_bthl is None else scales_bthl[:, t], scale=scale
-        )
+        o_bhp, state = recurrent_step(state, *now, None if scales_bthl is None else scales_bthl[:, t], scale=scale)
         outputs.append(o_bhp)
     return torch.stack(outputs, 1) if outputs else v_bthp, state

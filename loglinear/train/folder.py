@@ -60,9 +60,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.config.write_text(config.to_yaml(), encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"cannot write to run.dir {self.root} ({error.strerror}): choose another run.dir"
-            ) from None
+            raise UserError(f"cannot write to run.dir {self.root} ({error.strerror}): choose another run.dir") from None
 
     def load_config(self) -> Config:
         """The configuration of the run.
@@ -71,9 +69,7 @@ class RunFolder:
             UserError: there is no run in this folder.
         """
         if not self.config.exists():
-            raise UserError(
-                f"{self.root} is no run folder (no config.yaml in it): name the run.dir of a training run"
-            )
+            raise UserError(f"{self.root} is no run folder (no config.yaml in it): name the run.dir of a training run")
         return load_config(self.config)
 
     def keep_tokenizer(self, source: Path) -> None:
@@ -114,9 +110,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drop records after `step`, and half a line that a crash left, so that every step is recorded once."""
     if not path.exists():
         return
-    kept = "".join(
-        line for line in path.read_text(encoding="utf-8").splitlines(True) if _is_until(line, step)
-    )
+    kept = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if _is_until(line, step))
     temporary = path.with_suffix(".tmp")
     temporary.write_text(kept, encoding="utf-8")
     temporary.replace(path)

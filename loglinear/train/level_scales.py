@@ -31,9 +31,7 @@ class LevelScaleStatistics:
                     yield layer, level, scales_bthl[..., level][reads_bt].flatten()
 
     def _hook(self, layer: int) -> Any:
-        def keep(
-            module: nn.Module, inputs: tuple[torch.Tensor, ...], scales_bthl: torch.Tensor | None
-        ) -> None:
+        def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...], scales_bthl: torch.Tensor | None) -> None:
             if self.recording and scales_bthl is not None:
                 self._last[layer] = (scales_bthl.detach().float().cpu(), inputs[1].cpu())
 

@@ -20,9 +20,7 @@ from loglinear.train.level_scales import LevelScaleStatistics
 class Monitor:
     """Writes curves for rank 0. Steps count from 1: the value at step n was measured in the n-th step."""
 
-    def __init__(
-        self, folder: RunFolder, config: Config, start: int, flops_per_token: float, peak: float
-    ) -> None:
+    def __init__(self, folder: RunFolder, config: Config, start: int, flops_per_token: float, peak: float) -> None:
         """Go on after step `start`; what an interrupted run wrote beyond it is dropped.
 
         Args:
@@ -84,9 +82,7 @@ class Monitor:
     def level_scales(self, step: int, statistics: LevelScaleStatistics) -> None:
         """Show lambda of every layer and level: its mean over the tokens that read the level, and a histogram."""
         for layer, level, values in statistics.take():
-            self._writer.add_scalar(
-                f"lambda_mean/layer_{layer:02d}/level_{level:02d}", values.mean().item(), step
-            )
+            self._writer.add_scalar(f"lambda_mean/layer_{layer:02d}/level_{level:02d}", values.mean().item(), step)
             self._writer.add_histogram(f"lambda/layer_{layer:02d}/level_{level:02d}", values, step)
 
     def pause(self, seconds: float) -> None:

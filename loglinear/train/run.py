@@ -14,7 +14,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.held_out import held_out_batches
 from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import tokenizer_path
-from data_pipeline.prepared import complete_index, open_tokenizer
+from data_pipeline.prepared import open_tokenizer
 from data_pipeline.state import DataState
 from loglinear.checkpoint import CheckpointStore, Snapshot, load_weights
 from loglinear.config import Config
@@ -93,9 +93,7 @@ class _Run:
                 if step % config.checkpoint.every == 0 or ends or result.stop:
                     self._aside(self._save, step)
                 if result.stop and not ends:
-                    self.console.say(
-                        f"Asked to stop: saved after step {step}. The same command goes on from there."
-                    )
+                    self.console.say(f"Asked to stop: saved after step {step}. The same command goes on from there.")
                     break
             else:
                 self._finish()
@@ -105,9 +103,7 @@ class _Run:
     def _open_data(self, snapshot: Snapshot | None) -> _Data:
         config, model = self.config, self.config.model
         if self.first:
-            self.console.say(
-                f"Data in {config.data.dir}: training starts as soon as the first shard is prepared."
-            )
+            self.console.say(f"Data in {config.data.dir}: training starts as soon as the first shard is prepared.")
             process = start_preparation(config)
             wait_until_ready(
                 config.data,

@@ -69,9 +69,7 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float:
     for part, tflops in PEAK_TFLOPS_BF16.items():
         if part in name:
             return tflops * 1e12
-    raise UserError(
-        f"the peak speed of {name!r} is not known: set train.peak_tflops to its dense bf16 TFLOP/s"
-    )
+    raise UserError(f"the peak speed of {name!r} is not known: set train.peak_tflops to its dense bf16 TFLOP/s")
 
 
 def _measured_cpu_flops(size: int = 1024, tries: int = 5) -> float:

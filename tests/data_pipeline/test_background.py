@@ -7,21 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import SEQ_LEN, VOCAB, contents
+from conftest import SEQ_LEN, VOCAB
 
 from data_pipeline import background
 from data_pipeline.background import start_preparation, wait_until_ready
-from data_pipeline.held_out import held_out_batches
 from data_pipeline.loader import TrainLoader
-from data_pipeline.lock import preparation_lock
 from data_pipeline.manifest import read_index
-from loglinear.config import Config, DataConfig, ModelConfig, SourceConfig
-from loglinear.errors import UserError
+from loglinear.config import Config, DataConfig, ModelConfig
 
 SCRIPT = Path(__file__).with_name("prepare_once.py")
 Configure = Callable[..., DataConfig]

@@ -61,9 +61,7 @@ def test_train_and_held_out_text_are_disjoint(prepared: DataConfig) -> None:
 
 
 def test_held_out_fraction() -> None:
-    chosen = {
-        fraction: {n for n in range(4000) if is_held_out(f"text {n}", fraction)} for fraction in (0.1, 0.5)
-    }
+    chosen = {fraction: {n for n in range(4000) if is_held_out(f"text {n}", fraction)} for fraction in (0.1, 0.5)}
     assert 0.08 < len(chosen[0.1]) / 4000 < 0.12
     assert 0.47 < len(chosen[0.5]) / 4000 < 0.53
     assert chosen[0.1] < chosen[0.5], "a larger fraction holds out more, never others"
@@ -105,9 +103,7 @@ def test_a_second_run_touches_nothing(own: DataConfig) -> None:
 
 def test_progress_is_told(configure: Configure) -> None:
     seen: list[tuple[str, int, int]] = []
-    index = prepare(
-        configure(), VOCAB, lambda tally: seen.append((tally.stage, tally.documents, tally.tokens))
-    )
+    index = prepare(configure(), VOCAB, lambda tally: seen.append((tally.stage, tally.documents, tally.tokens)))
     assert seen[0] == ("training the tokenizer", 0, 0)
     assert seen[-1] == ("tokenising", 80, index.train.tokens + index.held_out.tokens)
 
@@ -144,9 +140,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.002)
 
 
-def test_killed_at_random_moments_it_leaves_the_same_bytes(
-    prepared: DataConfig, configure: Configure
-) -> None:
+def test_killed_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig, configure: Configure) -> None:
     data = configure()
     file = config_file(data)
     rng = random.Random()
@@ -185,9 +179,7 @@ def test_a_killed_run_leaves_no_workers_behind(configure: Configure) -> None:
     wait_for(lambda: not any(map(is_running, workers)))
 
 
-def test_two_runs_do_not_meet(
-    prepared: DataConfig, configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_runs_do_not_meet(prepared: DataConfig, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.1)
     data = configure()
     data.dir.mkdir()
@@ -235,9 +227,7 @@ def test_a_file_damaged_before_the_end_is_found(own: DataConfig) -> None:
     content = bytearray(damaged.read_bytes())
     content[7] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"train-00002.bin is damaged: its SHA-256 is \w{64} instead of \w{64}"
-    ):
+    with pytest.raises(UserError, match=r"train-00002.bin is damaged: its SHA-256 is \w{64} instead of \w{64}"):
         prepare(own, VOCAB)
 
 
@@ -280,9 +270,7 @@ def test_settings_that_change_no_byte_are_free(own: DataConfig) -> None:
     assert prepare(own.model_copy(update=change), VOCAB) == index_of(own)
 
 
-def test_a_given_tokenizer_is_used_and_kept_to(
-    prepared: DataConfig, configure: Configure, tmp_path: Path
-) -> None:
+def test_a_given_tokenizer_is_used_and_kept_to(prepared: DataConfig, configure: Configure, tmp_path: Path) -> None:
     given = shutil.copy(prepared.dir / "tokenizer.model", tmp_path / "given.model")
     data = configure(tokenizer=TokenizerConfig(path=given))
     assert prepare(data, 512).vocab_size == VOCAB
