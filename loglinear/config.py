@@ -244,6 +244,15 @@ class Config(Section):
             )
         return self
 
+    def with_absolute_paths(self) -> Config:
+        """The same run, described so that any working directory will do to read what it writes."""
+        tokenizer = self.data.tokenizer
+        if tokenizer.path is not None:
+            tokenizer = tokenizer.model_copy(update={"path": tokenizer.path.absolute()})
+        data = self.data.model_copy(update={"dir": self.data.dir.absolute(), "tokenizer": tokenizer})
+        run = self.run.model_copy(update={"dir": self.run.folder.absolute()})
+        return self.model_copy(update={"data": data, "run": run})
+
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -15,6 +15,8 @@ from loglinear.parallel import World
 from loglinear.train.optim import make_optimizer
 from loglinear.train.timing import StepTimer
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights that the model computes with
+
 
 @dataclass(frozen=True)
 class StepResult:

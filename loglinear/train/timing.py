@@ -25,6 +25,9 @@ PEAK_TFLOPS_BF16 = {
 }
 
 
+TRAINING_FLOPS = 3  # of a forward pass: itself, and twice as much backward
+
+
 class StepTimer:
     """Adds up seconds by phase; waits for the GPU at each change of phase only while `precise`."""
 
