@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from loglinear.errors import UserError
 from loglinear.ops.checks import check_inputs
 from loglinear.ops.inter import add_reads, final_buckets, initial_states, run_states
 from loglinear.ops.intra import intra
@@ -40,6 +41,8 @@ def chunk_log_linear_attention(
 
     Source: arXiv 2506.04761, in a form that is parallel over chunks.
     """
+    if chunk < 1 or chunk & (chunk - 1):
+        raise UserError(f"chunk is {chunk}, but must be a power of two, because chunks are buckets of tokens")
     sequences = check_inputs(q, k, v, g, level_scales, initial_state, cu_seqlens)
     initial_count = 0 if initial_state is None else initial_state.buckets.shape[2]
     plan = make_plan(sequences, chunk, initial_count, output_final_state, v.device)

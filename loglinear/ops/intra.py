@@ -37,6 +37,7 @@ class _Tables(NamedTuple):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # the cache outlives the caller's mode
 def _tables(chunk: int, dtype: torch.dtype, device: torch.device) -> _Tables:
     level_ts = torch.from_numpy(level_table(chunk)).to(device)
     future_ts = torch.zeros(chunk, chunk, dtype=dtype, device=device).masked_fill(level_ts < 0, -torch.inf)
