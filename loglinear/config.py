@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = Field("run", pattern=r"^[\w.\-]+$")
+    name: str = Field(default="run", pattern=r"^[\w.\-]+$")
     dir: Path | None = None
     seed: int = 0
 
@@ -61,7 +61,7 @@ class SoftmaxConfig(Section):
 
     heads: PositiveInt = 4
     head_dim: PositiveInt = 64
-    rope_base: float = Field(10_000.0, gt=1.0)
+    rope_base: float = Field(default=10_000.0, gt=1.0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,13 +77,13 @@ class ModelConfig(Section):
     seq_len: PositiveInt = 512
     dim: PositiveInt = 256
     layers: PositiveInt = 4
-    pattern: tuple[MixerName, ...] = Field(("log_linear",), min_length=1)
+    pattern: tuple[MixerName, ...] = Field(default=("log_linear",), min_length=1)
     log_linear: LogLinearConfig = LogLinearConfig()
     softmax: SoftmaxConfig = SoftmaxConfig()
     mlp_dim: PositiveInt = 768
     tie_embeddings: bool = True
-    norm_eps: float = Field(1e-5, gt=0)
-    init_std: float = Field(0.02, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
 
     def mixer_of(self, layer: int) -> MixerName:
         """The mixer of layer `layer` (0-based): the pattern is repeated along the depth."""
@@ -127,32 +127,32 @@ class DataConfig(Section):
     """
 
     dir: Path = Path("data/prepared")
-    sources: tuple[SourceConfig, ...] = Field((SourceConfig(kind="stdlib"),), min_length=1)
+    sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig(kind="stdlib"),), min_length=1)
     tokenizer: TokenizerConfig = TokenizerConfig()
-    held_out: float = Field(0.02, gt=0, lt=1)
+    held_out: float = Field(default=0.02, gt=0, lt=1)
     shard_tokens: PositiveInt = 4_194_304
     prepare_workers: PositiveInt = 2
     seed: int = 0
     shuffle_window: PositiveInt = 4096
-    loader_workers: int = Field(1, ge=0)
+    loader_workers: int = Field(default=1, ge=0)
 
 
 class OptimizerConfig(Section):
     """AdamW; weight decay acts on matrices alone."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
 
 
 class ScheduleConfig(Section):
     """Linear warm-up to the peak, then a cosine to `final_ratio`, or constant with a linear decay at the end (WSD)."""
 
     kind: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
     final_ratio: Fraction = 0.1
 
     @model_validator(mode="after")
@@ -173,7 +173,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[1, 2, 3] = 1
     activation_checkpointing: bool = False
-    peak_tflops: float | None = Field(None, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -204,7 +204,7 @@ class EvalConfig(Section):
     every: PositiveInt = 250
     samples: PositiveInt = 256
     prompt: str = "def "
-    generate_tokens: int = Field(64, ge=0)
+    generate_tokens: int = Field(default=64, ge=0)
 
 
 class MonitorConfig(Section):
