@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def boundaries(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def random_inputs(seed: int, batch: int, time: int, sizes: Sizes = Sizes(), decay: float = 0.3) -> Inputs:  # noqa: B008
+def random_inputs(seed: int, batch: int, time: int, sizes: Sizes = Sizes(), decay: float = 0.3) -> Inputs:
     """Normal q, k, v and level scales (of both signs), g uniform in [-decay, 0], in float64."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -204,7 +204,7 @@ def literal(inputs: Inputs) -> torch.Tensor:
     o_bthp = torch.zeros_like(inputs.v)
     for b in range(batch):
         for h in range(heads):
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in pairwise(cuts):
                 if end == start:
                     continue
                 now = (b, slice(start, end))

@@ -13,7 +13,7 @@ from op_cases import Inputs, Sizes, assert_close, boundaries, random_inputs, ran
 
 from loglinear.ops import chunk_log_linear_attention
 
-FEW = settings(deadline=None, max_examples=150, derandomize=True)
+FEW = settings(deadline=None, max_examples=300, derandomize=True)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def test_the_chunked_form_is_the_naive_form(layout: Layout, chunk: int) -> None:
     assert_close(run("chunk", inputs, chunk=chunk), run("naive", inputs))
 
 
-@settings(FEW, max_examples=50)
+@settings(FEW, max_examples=100)
 @given(layout=layouts())
 def test_the_recurrent_form_is_the_naive_form(layout: Layout) -> None:
     inputs = layout.inputs()
