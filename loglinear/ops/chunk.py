@@ -61,6 +61,6 @@ def chunk_log_linear_attention(
     return o, LogLinearState(buckets, torch.tensor(sequences.ends))
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The op chooses its own precision. On the meta device, where memory is counted, autocast does not exist."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -83,7 +83,7 @@ class _Intra(torch.autograd.Function):
             scores_cg1ts = (q_cgtn[c] @ k_cgtn[c].transpose(2, 3))[:, :, None]
             mask_cgrts = _decay(decay_cgrt[c], tables.future_ts)
             dweights_cgrts = do_cgrtp @ v_cgtrp[c].permute(0, 1, 3, 4, 2)
-            if scales_cgrtl is not None:
+            if scales_cgrtl is not None and dscales_cgrtl is not None:
                 dscales_cgrts = (mask_cgrts * dweights_cgrts).mul_(scores_cg1ts)
                 dscales_cgrtl[c] = torch.einsum("cgrts,tsl->cgrtl", dscales_cgrts, tables.is_level_tsl)
                 mask_cgrts *= _spread(scales_cgrtl[c], tables.level_ts)

@@ -131,8 +131,8 @@ def recurrent_log_linear_attention(
     token = 0
     for number, length in enumerate(sequences.lengths):
         now = slice(token, token + length)
-        inputs = (x[:, now] for x in (q, k, v, g))
-        o, last = _scan(state[number : number + 1], *inputs, None if scales is None else scales[:, now], scale=scale)
+        part = None if scales is None else scales[:, now]
+        o, last = _scan(state[number : number + 1], q[:, now], k[:, now], v[:, now], g[:, now], part, scale)
         outputs.append(o)
         states.append(last)
         token += length

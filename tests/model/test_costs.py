@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from model_cases import PATTERNS, random_tokens, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +16,7 @@ from loglinear.model.layers import Documents
 from loglinear.model.mixer import LogLinearMixer
 from loglinear.ops.flops import attention_flops
 from loglinear.ops.lambda_map import LambdaMap
+from tests.model.model_cases import PATTERNS, random_tokens, tiny
 
 DIM, VOCAB, MLP = 16, 23, 20
 H, P, G, N, WIDTH, HIDDEN = 4, 6, 2, 5, 4, 7  # of the tiny log-linear mixer

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import tiny
 from torch.nn import functional as F
 
 from loglinear.config import LogLinearConfig, SoftmaxConfig
 from loglinear.model import LanguageModel, build_model
+from tests.model.model_cases import tiny
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from model_cases import PATTERNS, VOCAB, assert_same_gradients, awake, gradients, random_tokens, tiny
 
 from loglinear.config import MixerName
 from loglinear.model import build_model
 from loglinear.model.generation import generate
+from tests.model.model_cases import PATTERNS, VOCAB, assert_same_gradients, awake, gradients, random_tokens, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 LENGTHS = (3, 75, 0, 1, 2, 79)  # two rows of 80 tokens; one document lies across the rows

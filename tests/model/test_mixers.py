@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-from model_cases import awake, tiny
 from torch.nn import functional as F
 
 from loglinear.config import ModelConfig
@@ -17,6 +16,7 @@ from loglinear.model.attention import SoftmaxMixer
 from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv, SwiGLU, rotate
 from loglinear.model.mixer import LogLinearMixer
 from loglinear.ops import naive_log_linear_attention
+from tests.model.model_cases import awake, tiny
 
 CPU = torch.device("cpu")
 

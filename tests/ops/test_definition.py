@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import FORMS, Inputs, Sizes, boundaries, literal, random_inputs, relative_error
 
 from loglinear.ops import log_linear_attention
+from tests.ops.op_cases import FORMS, Inputs, Sizes, boundaries, literal, random_inputs, relative_error
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 

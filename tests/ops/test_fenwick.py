@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from op_cases import bucket_of
 
 from loglinear.ops.fenwick import bit_length, bucket_start, level, level_table, num_levels, set_bits
+from tests.ops.op_cases import bucket_of
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from op_cases import Inputs, Sizes, assert_close, boundaries, random_inputs, random_state, run
 
 from loglinear.ops import chunk_log_linear_attention
+from tests.ops.op_cases import Inputs, Sizes, assert_close, boundaries, random_inputs, random_state, run
 
 FEW = settings(deadline=None, max_examples=300, derandomize=True)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import FORMS
 
 from loglinear.errors import UserError
 from loglinear.ops import LogLinearState, chunk_log_linear_attention, recurrent_step
+from tests.ops.op_cases import FORMS
 
 Arguments = dict[str, Any]
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import Inputs, Sizes, boundaries, random_inputs, random_state, relative_error, run
 
 from loglinear.ops import log_linear_attention
+from tests.ops.op_cases import Inputs, Sizes, boundaries, random_inputs, random_state, relative_error, run
 
 SIZES = Sizes(groups=2, state_dim=16, head_dim=8, levels=12)
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import (
+
+from loglinear.ops import LogLinearState, naive_log_linear_attention, recurrent_step
+from tests.ops.op_cases import (
     FORMS,
     Inputs,
     Result,
@@ -26,8 +28,6 @@ from op_cases import (
     run,
     weighted_sum,
 )
-
-from loglinear.ops import LogLinearState, naive_log_linear_attention, recurrent_step
 
 forms = st.sampled_from(list(FORMS))
 
