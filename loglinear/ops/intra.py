@@ -79,10 +79,10 @@ class _Intra(torch.autograd.Function):
         dq_cgtn, dk_cgtn, dv_cgtrp, ddecay_cgrt = map(torch.empty_like, (q_cgtn, k_cgtn, v_cgtrp, decay_cgrt))
         dscales_cgrtl = None if scales_cgrtl is None else torch.empty_like(scales_cgrtl)
         for c in slices(len(q_cgtn), decay_cgrt[0].numel() * chunk, v_cgtrp.device):
-            do_cgrtp = do_cgtrp[c].transpose(2, 3)
+            do_cgrtp = do_cgtrp[c].transpose(2, 3).contiguous()  # for two products, each of which would copy it
             scores_cg1ts = (q_cgtn[c] @ k_cgtn[c].transpose(2, 3))[:, :, None]
             mask_cgrts = _decay(decay_cgrt[c], tables.future_ts)
-            dweights_cgrts = do_cgrtp @ v_cgtrp[c].permute(0, 1, 3, 4, 2)
+            dweights_cgrts = do_cgrtp @ v_cgrsp.transpose(3, 4)
             if scales_cgrtl is not None and dscales_cgrtl is not None:
                 dscales_cgrts = (mask_cgrts * dweights_cgrts).mul_(scores_cg1ts)
                 dscales_cgrtl[c] = torch.einsum("cgrts,tsl->cgrtl", dscales_cgrts, tables.is_level_tsl)

@@ -23,6 +23,7 @@ from tests.ops.op_cases import (
     assert_close,
     boundaries,
     literal,
+    occupied,
     random_inputs,
     random_state,
     run,
@@ -125,6 +126,16 @@ def test_steps_of_sequences_at_different_positions() -> None:
     torch.testing.assert_close(torch.stack(outputs, 1), o, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(state.buckets, final.buckets, rtol=1e-10, atol=1e-10)
     assert state.positions.tolist() == [position + 20 for position in positions]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_lies_in_empty_buckets_is_never_read(form: str) -> None:
+    sizes = Sizes(groups=2)
+    state = random_state(13, (5, 8), sizes, spare=1)
+    garbage = replace(state, buckets=state.buckets + 1e3 * (1 - occupied(state)))
+    inputs = random_inputs(13, 2, 21, sizes)
+    clean, dirty = (run(form, replace(inputs, initial_state=initial)) for initial in (state, garbage))
+    assert_close(dirty, clean)
 
 
 def test_decoding_needs_no_more_buckets_than_bits() -> None:
