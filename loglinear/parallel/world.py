@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -93,6 +94,8 @@ def _start_deepspeed(backend: str) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    # It calls collectives by names that newer torch has given others.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
     # Its shared-memory all-reduce would be compiled for a minute, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Plan:
         flops_per_token: forward and backward, averaged over a document of the training length.
         tokens_per_step: of the global batch.
         micro_batches: of each rank in a step.
-        memory: by kind; activations are those kept for the backward pass of one micro-batch.
+        memory: by kind; activations are the most that autograd holds for one micro-batch.
     """
 
     parameters: int
@@ -90,25 +91,29 @@ def _state_memory(config: Config, parameters: int, ranks: int) -> dict[str, int]
 
 
 def _activation_memory(model: LanguageModel, batch: int, seq_len: int) -> int:
-    """Bytes that the backward pass of a micro-batch needs, weights apart."""
+    """The most bytes that autograd holds at once for the backward pass of a micro-batch, weights apart."""
     tokens_bt = torch.zeros(batch, seq_len, dtype=torch.int64, device="meta")
-    kept = _saved_bytes(model, lambda: model(tokens_bt, tokens_bt))
+    weights = list(model.parameters())
+    kept = _saved_bytes(lambda: model(tokens_bt, tokens_bt), weights)
     if not model.activation_checkpointing:
         return kept
-    model.activation_checkpointing = False  # each block's activations come back while its backward pass runs
+    # Once the head's are spent, a block's activations come back beside its input and those of all blocks before it.
     x_btd = model.embedding(tokens_bt)
     documents = Documents.rows(batch, seq_len, 0, x_btd.device)
-    return kept + max(_saved_bytes(block, lambda block=block: block(x_btd, documents)) for block in model.blocks)
+    blocks = [_saved_bytes(lambda block=block: block(x_btd, documents), [*weights, x_btd]) for block in model.blocks]
+    recomputed = max(number * x_btd.nbytes + block for number, block in enumerate(blocks, 1))
+    return max(kept, tokens_bt.nbytes + recomputed)
 
 
-def _saved_bytes(module: nn.Module, forward: Any) -> int:
+def _saved_bytes(forward: Callable[[], Any], apart: Iterable[torch.Tensor]) -> int:
+    """Bytes of all storages that autograd keeps of `forward()`, but for those of `apart`."""
     sizes: dict[int, int] = {}
     kept: list[torch.Tensor] = []  # alive, so that no storage is taken for another
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    not_counted = {tensor.untyped_storage()._cdata for tensor in apart}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in not_counted:
             kept.append(tensor)
             sizes[storage._cdata] = storage.nbytes()
         return tensor

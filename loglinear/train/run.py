@@ -71,8 +71,7 @@ class _Run:
         if snapshot is not None:
             check_unchanged(snapshot.state["config"], config)
         self.start = 0 if snapshot is None else snapshot.step
-        if self.first:
-            self.folder.prepare(config)
+        world.together(lambda: self.folder.prepare(config) if self.first else None)
 
         self.console = TrainConsole(self.start, config.train.steps, config.monitor.every, self.first)
         self.data = self._open_data(snapshot)

@@ -8,7 +8,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import SEQ_LEN, VOCAB
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import TrainLoader
@@ -18,6 +17,7 @@ from data_pipeline.state import DataState
 from data_pipeline.tokenizer import train_tokenizer
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
+from tests.corpus import SEQ_LEN, VOCAB
 
 GLOBAL_BATCH = 16
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB, contents, write_corpus
 
 from data_pipeline import lock
+from data_pipeline.background import COMMAND
 from data_pipeline.encode import is_held_out
 from data_pipeline.lock import preparation_lock
 from data_pipeline.manifest import Index, read_index, read_shard
@@ -26,8 +26,9 @@ from data_pipeline.sources import Document, iterate_documents
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from loglinear.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig
 from loglinear.errors import UserError
+from tests.corpus import VOCAB, contents, write_corpus
+from tests.processes import is_running, wait_for
 
-SCRIPT = Path(__file__).with_name("prepare_once.py")
 Configure = Callable[..., DataConfig]
 
 
@@ -124,20 +125,13 @@ def test_continues_from_whatever_was_written(prepared: DataConfig, configure: Co
 
 
 def start(config_file: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(config_file)], stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*COMMAND, str(config_file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def config_file(data: DataConfig) -> Path:
     path = data.dir.with_suffix(".yaml")
     path.write_text(Config(model=ModelConfig(vocab_size=VOCAB), data=data).to_yaml())
     return path
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_killed_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig, configure: Configure) -> None:
@@ -157,13 +151,6 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig,
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
