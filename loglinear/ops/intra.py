@@ -79,7 +79,8 @@ class _Intra(torch.autograd.Function):
         dq_cgtn, dk_cgtn, dv_cgtrp, ddecay_cgrt = map(torch.empty_like, (q_cgtn, k_cgtn, v_cgtrp, decay_cgrt))
         dscales_cgrtl = None if scales_cgrtl is None else torch.empty_like(scales_cgrtl)
         for c in slices(len(q_cgtn), decay_cgrt[0].numel() * chunk, v_cgtrp.device):
-            do_cgrtp = do_cgtrp[c].transpose(2, 3).contiguous()  # for two products, each of which would copy it
+            # Copied once, in whole rows: the products would copy them again, and one of them column by column.
+            do_cgrtp, v_cgrsp = (x_cgtrp[c].transpose(2, 3).contiguous() for x_cgtrp in (do_cgtrp, v_cgtrp))
             scores_cg1ts = (q_cgtn[c] @ k_cgtn[c].transpose(2, 3))[:, :, None]
             mask_cgrts = _decay(decay_cgrt[c], tables.future_ts)
             dweights_cgrts = do_cgrtp @ v_cgrsp.transpose(3, 4)
