@@ -269,13 +269,19 @@ def test_every_marker_is_registered_and_asked_for_what_it_needs() -> None:
     assert registered == {"gpu", "slurm"}
 
 
-def test_the_readme_names_the_two_commands_and_only_what_exists() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_only_what_exists(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)$", readme, re.MULTILINE))
-    assert {"quickstart", "test"} <= named <= targets
-    files = set(re.findall(r"(?:configs|docs|loglinear|data_pipeline)/[\w/]+\.\w+", readme))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    files = set(re.findall(r"\b(?:configs|docs|tests|loglinear|data_pipeline)/[\w/.]*\.(?:yaml|md|py|png)", text))
+    assert files
     assert not {file for file in files if not (ROOT / file).exists()}
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert {"make quickstart", "make test"} <= set(readme)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
