@@ -27,7 +27,7 @@ HEADS, GROUPS, STATE_DIM, HEAD_DIM = 4, 1, 32, 32
 LENGTHS = tuple(1024 << doubling for doubling in range(7))  # 1K to 64K tokens
 FIT_FROM = 4096  # shorter sequences cost mostly the start of each call
 RUNS, BUDGET = (3, 15), 3.0  # timed runs of a point, as many as fit into so many seconds
-PATIENCE = 4.0  # seconds for a run; an op that takes longer is not tried at longer sequences
+PATIENCE = 4.0  # seconds; a run that takes longer is not repeated, and its op not tried at longer sequences
 
 Op = Callable[..., torch.Tensor]
 
@@ -97,14 +97,20 @@ def _time(name: str, op: Op, leaves: tuple[torch.Tensor, ...]) -> Timing:
 
 
 def _median_ms(function: Callable[[], object]) -> float:
-    function()  # warm-up
+    warm_up = _seconds(function)
+    if warm_up > PATIENCE:
+        return 1e3 * warm_up
     least, most = RUNS
     seconds: list[float] = []
     while len(seconds) < least or (len(seconds) < most and sum(seconds) < BUDGET):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_seconds(function))
     return 1e3 * statistics.median(seconds)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def _leaf(*shape: int) -> torch.Tensor:
@@ -152,7 +158,7 @@ def _rows(timings: list[Timing]) -> list[list[str]]:
 
 
 def _header() -> list[str]:
-    return ["tokens", *(f"{op}, {what}" for op in OPS for what in ("forward", "forward + backward"))]
+    return ["tokens", *(f"{op}: {what}" for op in OPS for what in ("forward", "and backward"))]
 
 
 def _table(timings: list[Timing]) -> Table:
@@ -169,6 +175,8 @@ def _fits(timings: list[Timing]) -> list[str]:
     sentences = []
     for op in OPS:
         fitted = [timing for timing in timings if timing.op == op and timing.tokens >= FIT_FROM]
+        if len(fitted) < 2:
+            continue
         tokens = [timing.tokens for timing in fitted]
         forward = exponent(tokens, [timing.forward_ms for timing in fitted])
         training = exponent(tokens, [timing.training_ms for timing in fitted])
