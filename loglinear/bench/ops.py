@@ -158,7 +158,7 @@ def _rows(timings: list[Timing]) -> list[list[str]]:
 
 
 def _header() -> list[str]:
-    return ["tokens", *(f"{op}: {what}" for op in OPS for what in ("forward", "and backward"))]
+    return ["tokens", *(f"{op}: {what}" for op in OPS for what in ("forward", "forward + backward"))]
 
 
 def _table(timings: list[Timing]) -> Table:

@@ -45,7 +45,7 @@ def test_strong_decays_and_large_scales_stay_finite_and_right(form: str) -> None
     assert inputs.level_scales is not None
     inputs = replace(inputs, g=g_bth, level_scales=inputs.level_scales * 1e3)
     actual, wanted = run(form, inputs), run("naive", inputs.fresh(torch.float64))
-    bound = 2e-4 if form == "chunk" else 2e-6  # differences of sums near -1000 lose digits in fp32
+    bound = 5e-5 if form == "chunk" else 2e-6  # differences of sums near -1000 lose digits in fp32
     assert relative_error(actual.o, wanted.o) < bound
     assert relative_error(actual.final.buckets, wanted.final.buckets) < bound
     for name, gradient in wanted.gradients.items():
