@@ -226,6 +226,17 @@ class TrainConfig(Section):
         return per_rank
 
 
+class ParallelConfig(Section):
+    """How many ranks share a model replica: `tensor` split its weights, `context` its sequences.
+
+    With `sequence`, the tensor ranks also split norms and residuals along time. All other ranks are data-parallel.
+    """
+
+    tensor: PositiveInt = 1
+    context: PositiveInt = 1
+    sequence: bool = True
+
+
 class EvalConfig(Section):
     """Held-out evaluation every `every` steps on at most `samples` sequences, and a text continued from `prompt`."""
 
@@ -265,6 +276,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -276,7 +288,31 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_steps + schedule.decay_steps ({busy}) exceed train.steps ({self.train.steps})"
             )
+        for name, value, divisor, why in self._divisions():
+            if value % divisor:
+                raise ValueError(f"{name} ({value}) must be a multiple of {why} ({divisor})")
+        self._check_groups()
         return self
+
+    def _divisions(self) -> typing.Iterator[tuple[str, int, int, str]]:
+        """What must divide evenly over the ranks of a model replica."""
+        model, tensor, context = self.model, self.parallel.tensor, self.parallel.context
+        yield "model.vocab_size", model.vocab_size, tensor, "parallel.tensor"
+        yield "model.mlp_dim", model.mlp_dim, tensor, "parallel.tensor"
+        for mixer in set(model.pattern):
+            heads = model.log_linear.heads if mixer == "log_linear" else model.softmax.heads
+            yield f"model.{mixer}.heads", heads, tensor, "parallel.tensor"
+        yield "model.seq_len", model.seq_len, context, "parallel.context"
+        if self.parallel.sequence:
+            tokens = self.train.micro_batch * model.seq_len // context
+            yield "train.micro_batch x model.seq_len / parallel.context", tokens, tensor, "parallel.tensor"
+
+    def _check_groups(self) -> None:
+        groups, tensor = self.model.log_linear.groups, self.parallel.tensor
+        if "log_linear" in self.model.pattern and groups % tensor and tensor % groups:
+            raise ValueError(
+                f"model.log_linear.groups ({groups}) must be a multiple of parallel.tensor ({tensor}), or divide it"
+            )
 
     def with_absolute_paths(self) -> Config:
         """The same run, described so that any working directory will do to read what it writes."""

@@ -28,6 +28,18 @@ class KeyValueCache:
     v_bshp: torch.Tensor
 
 
+class SoftmaxCore(nn.Module):
+    """Attention itself; without weights, so that another can take its place."""
+
+    def forward(
+        self, q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        """Outputs [B, T, H, P] of the last T of S tokens."""
+        if documents.cu_seqlens is None:
+            return causal_attention(q_bthp, k_bshp, v_bshp)
+        return _packed(q_bthp, k_bshp, v_bshp, documents.cu_seqlens)
+
+
 class SoftmaxMixer(nn.Module):
     """Multi-head softmax attention through torch's SDPA (FlashAttention, cuDNN), or flash-attn for packed documents."""
 
@@ -39,6 +51,7 @@ class SoftmaxMixer(nn.Module):
         self.q_proj = nn.Linear(dim, width, bias=False)
         self.k_proj = nn.Linear(dim, width, bias=False)
         self.v_proj = nn.Linear(dim, width, bias=False)
+        self.core = SoftmaxCore()
         self.out_proj = nn.Linear(width, dim, bias=False)
 
     def forward(
@@ -52,10 +65,7 @@ class SoftmaxMixer(nn.Module):
         if state is not None:
             k_bthp, v_bthp = torch.cat([state.k_bshp, k_bthp], 1), torch.cat([state.v_bshp, v_bthp], 1)
             state = KeyValueCache(k_bthp, v_bthp)
-        if documents.cu_seqlens is None:
-            o_bthp = _sdpa(q_bthp, k_bthp, v_bthp)
-        else:
-            o_bthp = _packed(q_bthp, k_bthp, v_bthp, documents.cu_seqlens)
+        o_bthp = self.core(q_bthp, k_bthp, v_bthp, documents)
         return self.out_proj(o_bthp.flatten(2)), state
 
     def initial_state(self, batch: int) -> KeyValueCache:
@@ -71,7 +81,7 @@ class SoftmaxMixer(nn.Module):
         return sum(map(linear_flops, layers)) + 2 * 2 * width * seq_len // 2
 
 
-def _sdpa(q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor) -> torch.Tensor:
+def causal_attention(q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor) -> torch.Tensor:
     """Causal attention of the last T of S tokens: [B, T, H, P]."""
     queries, keys = q_bthp.shape[1], k_bshp.shape[1]
     mask_ts = None
@@ -94,6 +104,8 @@ def _packed(q_bthp: torch.Tensor, k_bthp: torch.Tensor, v_bthp: torch.Tensor, cu
         rows = (x[0] for x in (q_bthp, k_bthp, v_bthp))
         return flash_attn_varlen_func(*rows, boundaries, boundaries, longest, longest, causal=True)[None]
     parts = [
-        _sdpa(*(x[:, start:end] for x in (q_bthp, k_bthp, v_bthp))) for start, end in pairwise(bounds) if end > start
+        causal_attention(*(x[:, start:end] for x in (q_bthp, k_bthp, v_bthp)))
+        for start, end in pairwise(bounds)
+        if end > start
     ]
     return torch.cat(parts, 1)

@@ -29,6 +29,14 @@ class DecodeState:
     position: int
 
 
+class CrossEntropy(nn.Module):
+    """Summed over the labels that are not -100, in nats."""
+
+    def forward(self, logits_btv: torch.Tensor, labels_bt: torch.Tensor) -> torch.Tensor:
+        """A scalar from fp32 logits [B, T, V] and int64 labels, as many."""
+        return F.cross_entropy(logits_btv.flatten(0, 1), labels_bt.flatten(), reduction="sum")
+
+
 class LanguageModel(nn.Module):
     """Embedding, `config.layers` blocks, norm, head.
 
@@ -45,32 +53,29 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.whole_logits = nn.Identity()
+        self.loss = CrossEntropy()
         self._initialise(config)
 
     def forward(
         self,
         inputs_bt: torch.Tensor,
         labels_bt: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         """Logits, or the loss that training needs.
 
         Args:
             inputs_bt: token ids, int64 [B, T].
             labels_bt: the next token of each, int64 [B, T], -100 where there is none to predict.
-            cu_seqlens: int32 [documents + 1], boundaries in the B * T tokens read row after row; without it every
-                row is one document.
+            documents: packed ones lie in the B * T tokens read row after row; without any, every row is a document.
 
         Returns:
             fp32: the cross-entropy summed over labels (a scalar, in nats) if there are labels, else logits [B, T, V].
         """
         batch, time = inputs_bt.shape
-        if cu_seqlens is None:
-            documents = Documents.rows(batch, time, 0, inputs_bt.device)
-            x_btd = self.embedding(inputs_bt)
-        else:
-            documents = Documents.packed(cu_seqlens, inputs_bt.device)
-            x_btd = self.embedding(inputs_bt.view(1, -1))
+        documents = documents or Documents.rows(batch, time, 0, inputs_bt.device)
+        x_btd = self.embedding(inputs_bt if documents.cu_seqlens is None else inputs_bt.view(1, -1))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_btd, _ = checkpoint(block, x_btd, documents, use_reentrant=True)  # pyright: ignore[reportGeneralTypeIssues]
@@ -78,8 +83,8 @@ class LanguageModel(nn.Module):
                 x_btd, _ = block(x_btd, documents)
         logits_btv = self.head(self.norm(x_btd)).float()
         if labels_bt is None:
-            return logits_btv.view(batch, time, -1)
-        return F.cross_entropy(logits_btv.flatten(0, 1), labels_bt.flatten(), reduction="sum")
+            return self.whole_logits(logits_btv).view(batch, time, -1)
+        return self.loss(logits_btv, labels_bt)
 
     def initial_state(self, batch: int) -> DecodeState:
         """The state before the first token of `batch` documents."""
@@ -102,7 +107,7 @@ class LanguageModel(nn.Module):
         for block, before in zip(self.blocks, state.layers, strict=True):
             x_btd, after = block(x_btd, documents, before)
             layers.append(after)
-        logits_bv = self.head(self.norm(x_btd[:, -1])).float()
+        logits_bv = self.whole_logits(self.head(self.norm(x_btd[:, -1])).float())
         return logits_bv, DecodeState(tuple(layers), state.position + time)
 
     def flops_per_token(self, seq_len: int) -> int:

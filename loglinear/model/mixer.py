@@ -36,6 +36,37 @@ class MixerState:
     recent: tuple[torch.Tensor, ...]
 
 
+class LogLinearCore(nn.Module):
+    """The op over many tokens, or its decoding step for one; without weights, so that another can take its place."""
+
+    def forward(
+        self,
+        memory: LogLinearState | None,
+        q_btgn: torch.Tensor,
+        k_btgn: torch.Tensor,
+        v_bthp: torch.Tensor,
+        g_bth: torch.Tensor,
+        scales_bthl: torch.Tensor | None,
+        documents: Documents,
+    ) -> tuple[torch.Tensor, LogLinearState | None]:
+        """Outputs [B, T, H, P], and the memory after the last token if one was given."""
+        if memory is not None and v_bthp.shape[1] == 1:
+            q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
+            scales = None if scales_bthl is None else scales_bthl[:, 0]
+            o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
+            return o_bhp[:, None], memory
+        return log_linear_attention(
+            q_btgn,
+            k_btgn,
+            v_bthp,
+            g_bth,
+            scales_bthl,
+            initial_state=memory,
+            output_final_state=memory is not None,
+            cu_seqlens=documents.cu_seqlens,
+        )
+
+
 class LogLinearMixer(nn.Module):
     """q, k, v, gate z, step dt and level scales from x; short convolutions; log-linear attention; gated norm.
 
@@ -66,6 +97,7 @@ class LogLinearMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(own.heads))
         self.A_log = nn.Parameter(torch.empty(own.heads))
         self.D = nn.Parameter(torch.empty(own.heads))
+        self.core = LogLinearCore()
         self.norm = GatedRMSNorm(own.head_dim, config.norm_eps)
         self.out_proj = nn.Linear(values, dim, bias=False)
         self.reset_parameters()
@@ -102,7 +134,7 @@ class LogLinearMixer(nn.Module):
         scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
         weighted_bthp = v_bthp * step_bth[..., None].to(v_bthp.dtype)
         memory = None if state is None else state.memory
-        o_bthp, memory = _attend(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
+        o_bthp, memory = self.core(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
 
         z_bthp = self.z_proj(x_btd).unflatten(2, (-1, self.head_dim))
         y_bthp = self.norm(o_bthp + self.D[:, None] * v_bthp, z_bthp)
@@ -128,33 +160,6 @@ class LogLinearMixer(nn.Module):
         groups = self.q_proj.out_features // self.state_dim
         attention = attention_flops(seq_len, heads, groups, self.state_dim, self.head_dim)
         return sum(map(linear_flops, layers)) + self.lambda_map.flops_per_token() + attention
-
-
-def _attend(
-    memory: LogLinearState | None,
-    q_btgn: torch.Tensor,
-    k_btgn: torch.Tensor,
-    v_bthp: torch.Tensor,
-    g_bth: torch.Tensor,
-    scales_bthl: torch.Tensor | None,
-    documents: Documents,
-) -> tuple[torch.Tensor, LogLinearState | None]:
-    """The op over many tokens, or its decoding step for one."""
-    if memory is not None and v_bthp.shape[1] == 1:
-        q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
-        scales = None if scales_bthl is None else scales_bthl[:, 0]
-        o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
-        return o_bhp[:, None], memory
-    return log_linear_attention(
-        q_btgn,
-        k_btgn,
-        v_bthp,
-        g_bth,
-        scales_bthl,
-        initial_state=memory,
-        output_final_state=memory is not None,
-        cu_seqlens=documents.cu_seqlens,
-    )
 
 
 def _recent(past: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

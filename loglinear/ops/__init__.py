@@ -5,7 +5,7 @@
 """
 
 from loglinear.ops.attention import log_linear_attention
-from loglinear.ops.chunk import chunk_log_linear_attention
+from loglinear.ops.chunk import chunk_log_linear_attention, final_state
 from loglinear.ops.fenwick import num_levels
 from loglinear.ops.naive import naive_log_linear_attention
 from loglinear.ops.recurrent import recurrent_log_linear_attention, recurrent_step
@@ -14,6 +14,7 @@ from loglinear.ops.state import LogLinearState
 __all__ = [
     "LogLinearState",
     "chunk_log_linear_attention",
+    "final_state",
     "log_linear_attention",
     "naive_log_linear_attention",
     "num_levels",

@@ -17,6 +17,7 @@ from loglinear.checkpoint import load_weights, read_latest
 from loglinear.config import Config
 from loglinear.model import LanguageModel, build_model
 from loglinear.model.generation import generate
+from loglinear.model.layers import Documents
 from loglinear.parallel import start_world
 from loglinear.train.engine import DTYPES
 from loglinear.train.evaluation import held_out_loss
@@ -48,7 +49,11 @@ def evaluate_run(root: Path, samples: int | None) -> None:
     )
 
     def loss_sum(batch: Batch) -> torch.Tensor:
-        return model(batch.inputs.to(world.device), batch.labels.to(world.device), batch.cu_seqlens)
+        return model(
+            batch.inputs.to(world.device),
+            batch.labels.to(world.device),
+            Documents.packed(batch.cu_seqlens, world.device),
+        )
 
     console = Console(stderr=True, quiet=world.rank > 0)
     loss = held_out_loss(loss_sum, track(batches, "evaluating", console=console, transient=True), world)

@@ -10,6 +10,7 @@ import torch
 from loglinear.config import MixerName
 from loglinear.model import build_model
 from loglinear.model.generation import generate
+from loglinear.model.layers import Documents
 from tests.model.model_cases import PATTERNS, VOCAB, assert_same_gradients, awake, gradients, random_tokens, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -28,7 +29,7 @@ def packed_boundaries() -> torch.Tensor:
 
 def test_packed_documents_give_the_logits_of_documents_alone(pattern: Pattern) -> None:
     model, tokens_bt = awake(tiny(pattern)), random_tokens(2, 80)
-    packed_btv = model(tokens_bt, cu_seqlens=packed_boundaries())
+    packed_btv = model(tokens_bt, documents=Documents.packed(packed_boundaries(), tokens_bt.device))
     assert packed_btv.shape == (2, 80, VOCAB)
     for start, end in pairwise(packed_boundaries().tolist()):
         if end > start:

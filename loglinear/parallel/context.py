@@ -1,0 +1,172 @@
+"""Mixers whose sequences are cut over the context ranks.
+
+Log-linear attention: a rank makes the states of the document pieces at its samples' ends, all ranks exchange them
+(one matrix per head and rank for whole sequences; a number of bytes that does not grow with T), and each adds up what
+its own samples begin with. Softmax attention: keys and values are gathered. Convolutions: the last inputs are.
+
+Shapes: r context rank, b sample, t time (all samples of this rank in one row), c channel, h value head,
+g query/key group, n state (key) size, p value head size, l level, j bucket that is sent, k bucket, m contribution.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from loglinear.model.attention import causal_attention
+from loglinear.model.layers import Documents, ShortConv
+from loglinear.ops import LogLinearState, final_state, log_linear_attention
+from loglinear.parallel.collectives import gather
+from loglinear.parallel.cut import CutDocuments, initial_buckets
+from loglinear.parallel.mesh import Axis
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # q, k, v, g, lambda
+
+
+class ContextLogLinearCore(nn.Module):
+    """Log-linear attention over sequences cut over the context ranks; whole ones go to `core`."""
+
+    def __init__(self, core: nn.Module, axis: Axis) -> None:
+        super().__init__()
+        self._core, self._axis = core, axis
+
+    def forward(
+        self,
+        memory: LogLinearState | None,
+        q_btgn: torch.Tensor,
+        k_btgn: torch.Tensor,
+        v_bthp: torch.Tensor,
+        g_bth: torch.Tensor,
+        scales_bthl: torch.Tensor | None,
+        documents: Documents,
+    ) -> tuple[torch.Tensor, LogLinearState | None]:
+        """As `LogLinearCore.forward`."""
+        inputs = (q_btgn, k_btgn, v_bthp, g_bth, scales_bthl)
+        if not isinstance(documents, CutDocuments):
+            return self._core(memory, *inputs, documents)
+        if documents.sent_bj.shape[1] == 0:  # no document goes through a cut
+            return log_linear_attention(*inputs, cu_seqlens=documents.cu_seqlens)
+        buckets_bhknp, received = self._exchange(k_btgn, v_bthp, g_bth, documents)
+        return _Keep.apply(_attend(inputs, buckets_bhknp, documents), received), None
+
+    def _exchange(
+        self, k_btgn: torch.Tensor, v_bthp: torch.Tensor, g_bth: torch.Tensor, documents: CutDocuments
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this rank's samples begin with [B, H, K, N, P], and all that was received."""
+        sent_bjhnp, total_bh = _own_tails(k_btgn, v_bthp, g_bth, documents)
+        parcel = torch.cat([sent_bjhnp.flatten(1), total_bh.to(sent_bjhnp.dtype)], 1)
+        received = gather(parcel, self._axis, 0)
+        states, totals = received.split([parcel.shape[1] - total_bh.shape[1], total_bh.shape[1]], 1)
+        state_rbjhnp = states.unflatten(0, (self._axis.size, -1)).unflatten(2, sent_bjhnp.shape[1:])
+        total_rbh = totals.unflatten(0, (self._axis.size, -1))
+        return _initial_buckets(state_rbjhnp, total_rbh, documents, self._axis.index), received
+
+
+def _own_tails(
+    k_btgn: torch.Tensor, v_bthp: torch.Tensor, g_bth: torch.Tensor, documents: CutDocuments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of the pieces at the samples' ends, the buckets that are sent [B, J, H, N, P], and their log-decay."""
+    k, v, g = (x.index_select(1, documents.tail_tokens) for x in (k_btgn, v_bthp, g_bth))
+    state = final_state(k, v, g, positions=documents.tail_starts, cu_seqlens=documents.tails)
+    bucket_bj = documents.sent_bj
+    sample_bj = torch.arange(documents.samples, device=v.device)[:, None].expand_as(bucket_bj)
+    sent_bjhnp = state.buckets.transpose(1, 2)[sample_bj, bucket_bj.clamp(min=0)]
+    sent_bjhnp = sent_bjhnp * (bucket_bj >= 0)[..., None, None, None]
+    owner_t = torch.arange(documents.samples).repeat_interleave(documents.tails.diff()).to(v.device)
+    total_bh = g.new_zeros(documents.samples, g.shape[2]).index_add(0, owner_t, g[0])
+    return sent_bjhnp, total_bh
+
+
+def _initial_buckets(
+    state_rbjhnp: torch.Tensor, total_rbh: torch.Tensor, documents: CutDocuments, rank: int
+) -> torch.Tensor:
+    """[B, H, K, N, P]: each contribution decayed over the ranks between its own and this one."""
+    own = documents.contributions
+    until_rbh = total_rbh.double().cumsum(0)
+    gap_mh = (until_rbh[max(rank - 1, 0), own.sample] - until_rbh[own.rank, own.sample]).to(state_rbjhnp.dtype)
+    weighted_mhnp = state_rbjhnp.flatten(0, 2).index_select(0, own.source) * gap_mh.exp()[..., None, None]
+    samples, buckets = documents.samples, initial_buckets(documents.heads)
+    total = state_rbjhnp.new_zeros(samples * buckets, *state_rbjhnp.shape[3:])
+    return total.index_add(0, own.target, weighted_mhnp).unflatten(0, (samples, buckets)).transpose(1, 2)
+
+
+def _attend(inputs: Inputs, buckets_bhknp: torch.Tensor, documents: CutDocuments) -> torch.Tensor:
+    """Outputs [1, T, H, P]: the first piece of every sample goes on from its initial state, all others start afresh."""
+    state, pieces = LogLinearState(buckets_bhknp, documents.heads), documents.pieces
+    if pieces.other_tokens is None:
+        return log_linear_attention(*inputs, initial_state=state, cu_seqlens=documents.cu_seqlens)[0]
+    first = _select(inputs, pieces.first_tokens)
+    others = _select(inputs, pieces.other_tokens)
+    o_first = log_linear_attention(*first, initial_state=state, cu_seqlens=pieces.first_bounds)[0]
+    o_others = log_linear_attention(*others, cu_seqlens=pieces.other_bounds)[0]
+    o_bthp = torch.zeros_like(inputs[2]).index_copy(1, pieces.first_tokens, o_first)
+    return o_bthp.index_copy(1, pieces.other_tokens, o_others)
+
+
+def _select(inputs: Inputs, tokens: torch.Tensor) -> Inputs:
+    q, k, v, g, scales = (None if x is None else x.index_select(1, tokens) for x in inputs)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert g is not None
+    return q, k, v, g, scales
+
+
+class _Keep(torch.autograd.Function):
+    """x, with `received` kept in the graph: every rank takes part in the backward exchange, read or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(received)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (received,) = ctx.saved_tensors
+        return dx, torch.zeros_like(received)
+
+
+class ContextSoftmaxCore(nn.Module):
+    """Softmax attention over the gathered keys and values of sequences cut over the context ranks."""
+
+    def __init__(self, core: nn.Module, axis: Axis) -> None:
+        super().__init__()
+        self._core, self._axis = core, axis
+
+    def forward(
+        self, q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        """As `SoftmaxCore.forward`."""
+        if not isinstance(documents, CutDocuments):
+            return self._core(q_bthp, k_bshp, v_bshp, documents)
+        k_bshp, v_bshp = (gather(x.unflatten(1, (documents.samples, -1))[0], self._axis, 1) for x in (k_bshp, v_bshp))
+        local = q_bthp.shape[1] // documents.samples
+        outputs = []
+        for (start, end), key_start in zip(pairwise(documents.bounds), documents.pieces.key_starts, strict=True):
+            sample, within = divmod(start, local)
+            keys = slice(key_start, self._axis.index * local + within + end - start)
+            own = slice(sample, sample + 1)
+            outputs.append(causal_attention(q_bthp[:, start:end], k_bshp[own, keys], v_bshp[own, keys]))
+        return torch.cat(outputs, 1)
+
+
+def give_halo(conv: ShortConv, inputs: tuple[Any, ...], axis: Axis) -> tuple[Any, ...] | None:
+    """The inputs of a convolution over one sample a row, behind the last inputs of the rank before.
+
+    The first rank gets the last one's, which its positions mask.
+    """
+    x_btc, documents = inputs[:2]
+    if not isinstance(documents, CutDocuments) or conv.width == 1:
+        return None
+    x_btc = x_btc[0].unflatten(0, (documents.samples, -1))
+    ends_rbwc = gather(x_btc[:, 1 - conv.width :], axis, 0).unflatten(0, (axis.size, -1))
+    rows = Documents(documents.positions_bt.view(documents.samples, -1), documents.length, documents.cu_seqlens)
+    return x_btc, rows, ends_rbwc[axis.index - 1]
+
+
+def join_rows(conv: ShortConv, inputs: tuple[Any, ...], output_btc: torch.Tensor) -> torch.Tensor:
+    """Packed documents in one row again."""
+    return output_btc if inputs[1].cu_seqlens is None else output_btc.flatten(0, 1)[None]
