@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import loglinear
 from data_pipeline.background import start_preparation, wait_until_ready
 from data_pipeline.batch import Batch
 from data_pipeline.held_out import held_out_batches
@@ -18,6 +17,7 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import tokenizer_path
 from data_pipeline.prepared import complete_index, open_tokenizer
 from data_pipeline.state import DataState
+from loglinear import __version__
 from loglinear.checkpoint import CheckpointStore, Snapshot, load_weights
 from loglinear.config import Config
 from loglinear.errors import UserError
@@ -237,4 +237,4 @@ class _Run:
 
 
 def _versions() -> dict[str, str]:
-    return {"loglinear": loglinear.__version__} | {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS}
+    return {"loglinear": __version__} | {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS}
