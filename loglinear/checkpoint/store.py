@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from loglinear.checkpoint import files
+from loglinear.checkpoint.blocks import Block
 from loglinear.checkpoint.random_state import random_state, restore_random_state
 from loglinear.checkpoint.weights import PieceReader, tensor_name
 from loglinear.checkpoint.zero import Fragment, fragments, optimizer_step, set_optimizer_step
 from loglinear.config import CheckpointConfig
 from loglinear.errors import UserError
-from loglinear.parallel import World
+from loglinear.parallel import Mesh
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def read_latest(root: Path) -> Snapshot:
 class CheckpointStore:
     """The checkpoints in `root`; "latest" is the last complete one, never a file that could lie."""
 
-    def __init__(self, root: Path, config: CheckpointConfig, world: World) -> None:
-        self._root, self._config, self._world = root, config, world
+    def __init__(self, root: Path, config: CheckpointConfig, mesh: Mesh) -> None:
+        self._root, self._config, self._mesh, self._world = root, config, mesh, mesh.world
 
     def latest(self) -> Snapshot | None:
         """The last complete checkpoint, after rank 0 has removed what interrupted saves left behind.
@@ -72,13 +73,13 @@ class CheckpointStore:
     def restore(self, snapshot: Snapshot, engine: Any) -> None:
         """Fill a DeepSpeed engine's master weights, moments and step count, and this rank's random state.
 
-        The model must have been given the same weights (`load_weights`) before DeepSpeed took it. The number of
+        The model must have been given the same weights (`load_weights`) before DeepSpeed took it. The grid of
         ranks and the ZeRO stage may differ from those that saved.
         """
         with PieceReader(snapshot.folder) as reader, torch.no_grad():
             for fragment in fragments(engine):
                 for kind, view in fragment.tensors.items():
-                    reader.read_into(view, fragment.name, fragment.start, kind)
+                    reader.read_into(view, fragment.name, fragment.shard, fragment.start, kind)
         set_optimizer_step(engine, snapshot.state["optimizer_step"])
         if self._world.rank < snapshot.state["ranks"]:
             with files.open_shard(snapshot.folder, files.shard_name(self._world.rank)) as shard:
@@ -94,7 +95,7 @@ class CheckpointStore:
         state = state | {"ranks": self._world.size, "optimizer_step": optimizer_step(engine)}
         try:
             self._saving(lambda: self._make_folder(temporary))
-            shards = self._saving(lambda: self._write_shard(temporary, list(fragments(engine))))
+            shards = self._saving(lambda: self._write_shard(temporary, list(self._own(engine))))
             folder = self._saving(lambda: self._complete(temporary, shards, state))[0]
         except UserError:
             if self._world.rank == 0:
@@ -120,6 +121,12 @@ class CheckpointStore:
         if self._world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+
+    def _own(self, engine: Any) -> Iterator[Fragment]:
+        """What this rank saves; of parameters that all tensor ranks hold whole, the first one's pieces."""
+        for fragment in fragments(engine):
+            if self._mesh.tensor.index == 0 or fragment.shard.is_cut:
+                yield fragment
 
     def _write_shard(self, folder: Path, own: list[Fragment]) -> tuple[str, list[dict[str, Any]]]:
         """Returns the shard's SHA-256 and where its pieces belong."""
@@ -148,8 +155,8 @@ def _open(folder: Path) -> tuple[Snapshot, dict[str, str]]:
 
 def _describe(fragment: Fragment, rank: int) -> dict[str, Any]:
     numel = next(iter(fragment.tensors.values())).numel()
-    piece = {"file": files.shard_name(rank), "start": fragment.start, "numel": numel}
-    return {"name": fragment.name, "shape": fragment.shape, "piece": piece}
+    place = {"block": Block.of(fragment.shard), "start": fragment.start, "numel": numel}
+    return {"name": fragment.name, "shape": fragment.shard.shape, "piece": {"file": files.shard_name(rank)} | place}
 
 
 def _index(shards: Iterable[tuple[str, list[dict[str, Any]]]]) -> dict[str, Any]:

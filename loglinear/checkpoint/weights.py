@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from loglinear.checkpoint import files
+from loglinear.checkpoint.blocks import Block, Rectangle, rectangles, view
 from loglinear.checkpoint.zero import WEIGHT
 from loglinear.errors import UserError
+from loglinear.parallel.shard import Shard, shard_of
+
+READ_AT_ONCE = 1 << 22  # elements
 
 
 class PieceReader:
-    """Reads any range of any saved parameter, whatever the layout that saved it.
+    """Reads any part of any saved parameter, whatever the layout that saved it.
 
     Use as a context manager. Files are mapped, so memory is used for what is read alone.
     """
@@ -34,23 +39,23 @@ class PieceReader:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def read_into(self, target: torch.Tensor, name: str, start: int, kind: str) -> None:
-        """Fill the flat `target` with elements start .. of a parameter's weight or moment.
+    def read_into(self, target: torch.Tensor, name: str, shard: Shard, start: int, kind: str) -> None:
+        """Fill the flat `target` with elements start .. of a rank's part of a parameter's weight or moment.
 
         Args:
             target: one-dimensional.
             name: of the parameter.
-            start: the first element to read, in the flattened parameter.
+            shard: the part of the parameter.
+            start: the first element to read, in the flattened part.
             kind: `weight`, `exp_avg` or `exp_avg_sq`.
         """
+        wanted = list(rectangles(Block.of(shard), start, target.numel()))
         filled = 0
         for piece in self.parameters[name]["pieces"]:
-            first = max(start, piece["start"])
-            last = min(start + target.numel(), piece["start"] + piece["numel"])
-            if first < last:
-                saved = self._shard(piece["file"]).get_slice(tensor_name(name, kind))
-                target[first - start : last - start] = saved[first - piece["start"] : last - piece["start"]]
-                filled += last - first
+            saved = self._shard(piece["file"]).get_slice(tensor_name(name, kind))
+            for source in rectangles(Block(*piece["block"]), piece["start"], piece["numel"]):
+                for rectangle in wanted:
+                    filled += _copy(saved, source, target, rectangle)
         assert filled == target.numel(), f"{name}: {filled} of {target.numel()} elements are saved"
 
     def _shard(self, name: str) -> Any:
@@ -59,13 +64,29 @@ class PieceReader:
         return self._shards[name]
 
 
+def _copy(saved: Any, source: Rectangle, target: torch.Tensor, rectangle: Rectangle) -> int:
+    """Copy what a saved rectangle and a wanted one have in common, some rows at a time; returns its size."""
+    common = source.block.intersection(rectangle.block)
+    if common.columns == 0:
+        return 0
+    at_once = max(1, READ_AT_ONCE // source.block.columns)
+    for first in range(common.row, common.row + common.rows, at_once):
+        rows = min(at_once, common.row + common.rows - first)
+        part = common._replace(row=first, rows=rows)
+        begin = source.offset + (first - source.block.row) * source.block.columns
+        read = saved[begin : begin + rows * source.block.columns]
+        lines = Rectangle(source.block._replace(row=first, rows=rows), 0)
+        view(target, rectangle, part).copy_(view(read, lines, part))
+    return common.rows * common.columns
+
+
 def tensor_name(parameter: str, kind: str) -> str:
     """The name in a shard of a piece of a parameter."""
     return f"{kind}/{parameter}"
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Fill a model that is not sharded with the fp32 weights of a complete checkpoint.
+    """Fill a model, or a tensor rank's part of one, with the fp32 weights of a complete checkpoint.
 
     Raises:
         UserError: the checkpoint's parameters are not the model's.
@@ -73,13 +94,34 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     with PieceReader(folder) as reader, torch.no_grad():
         _check_parameters(folder, reader, model)
         for name, parameter in model.named_parameters():
-            flat = torch.empty(parameter.numel())
-            reader.read_into(flat, name, 0, WEIGHT)
+            flat = parameter.view(-1) if parameter.dtype == torch.float32 else torch.empty(parameter.numel())
+            reader.read_into(flat, name, shard_of(parameter), 0, WEIGHT)
             parameter.copy_(flat.view_as(parameter))
 
 
+def export_weights(folder: Path, out: Path) -> None:
+    """Write the whole fp32 weights of a complete checkpoint into one safetensors file, atomically.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    with PieceReader(folder) as reader:
+        weights = {}
+        for name, entry in reader.parameters.items():
+            shape = tuple(entry["shape"])
+            flat = torch.empty(torch.Size(shape).numel())
+            reader.read_into(flat, name, Shard(shape, 0, 0, shape[0]), 0, WEIGHT)
+            weights[name] = flat.view(shape)
+    temporary = out.with_name(out.name + files.TEMPORARY)
+    try:
+        save_file(weights, temporary)
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror}): choose another file") from None
+
+
 def _check_parameters(folder: Path, reader: PieceReader, model: nn.Module) -> None:
-    own = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    own = {name: list(shard_of(parameter).shape) for name, parameter in model.named_parameters()}
     saved = {name: entry["shape"] for name, entry in reader.parameters.items()}
     for name in _differing(own, saved):
         raise UserError(

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from loglinear.parallel.shard import Shard, shard_of
+
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
@@ -21,27 +23,26 @@ class Fragment:
 
     Attributes:
         name: of the parameter in the model.
-        shape: of the whole parameter.
-        start: first element of the piece in the flattened parameter.
+        shard: the part of the parameter that this tensor rank holds.
+        start: first element of the piece in the flattened part.
         tensors: live fp32 views of the piece, one-dimensional: the master weight and AdamW's moments.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shard: Shard
     start: int
     tensors: dict[str, torch.Tensor]
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """The pieces that this rank of a DeepSpeed engine owns; over all ranks every element occurs exactly once."""
+    """The pieces that this rank of a DeepSpeed engine owns; its tensor group may hold the same of uncut parameters."""
     _require_moments(engine)
     piece_of = _stage_3_piece if engine.zero_optimization_stage() == 3 else _stage_1_or_2_piece
     for name, parameter in engine.module.named_parameters():
         piece = piece_of(engine, parameter)
         if piece is not None:
             start, tensors = piece
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            yield Fragment(name, shape, start, tensors)
+            yield Fragment(name, shard_of(parameter), start, tensors)
 
 
 def optimizer_step(engine: Any) -> int:

@@ -51,7 +51,7 @@ class SoftmaxMixer(nn.Module):
         self.q_proj = nn.Linear(dim, width, bias=False)
         self.k_proj = nn.Linear(dim, width, bias=False)
         self.v_proj = nn.Linear(dim, width, bias=False)
-        self.core = SoftmaxCore()
+        self.core: nn.Module = SoftmaxCore()
         self.out_proj = nn.Linear(width, dim, bias=False)
 
     def forward(

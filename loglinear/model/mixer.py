@@ -97,7 +97,7 @@ class LogLinearMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(own.heads))
         self.A_log = nn.Parameter(torch.empty(own.heads))
         self.D = nn.Parameter(torch.empty(own.heads))
-        self.core = LogLinearCore()
+        self.core: nn.Module = LogLinearCore()
         self.norm = GatedRMSNorm(own.head_dim, config.norm_eps)
         self.out_proj = nn.Linear(values, dim, bias=False)
         self.reset_parameters()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from loglinear.model.attention import causal_attention
-from loglinear.model.layers import Documents, ShortConv
+from loglinear.model.layers import Documents
 from loglinear.ops import LogLinearState, final_state, log_linear_attention
 from loglinear.parallel.collectives import gather
 from loglinear.parallel.cut import CutDocuments, initial_buckets
@@ -153,7 +153,7 @@ class ContextSoftmaxCore(nn.Module):
         return torch.cat(outputs, 1)
 
 
-def give_halo(conv: ShortConv, inputs: tuple[Any, ...], axis: Axis) -> tuple[Any, ...] | None:
+def give_halo(conv: Any, inputs: tuple[Any, ...], axis: Axis) -> tuple[Any, ...] | None:
     """The inputs of a convolution over one sample a row, behind the last inputs of the rank before.
 
     The first rank gets the last one's, which its positions mask.
@@ -167,6 +167,6 @@ def give_halo(conv: ShortConv, inputs: tuple[Any, ...], axis: Axis) -> tuple[Any
     return x_btc, rows, ends_rbwc[axis.index - 1]
 
 
-def join_rows(conv: ShortConv, inputs: tuple[Any, ...], output_btc: torch.Tensor) -> torch.Tensor:
+def join_rows(conv: Any, inputs: tuple[Any, ...], output_btc: torch.Tensor) -> torch.Tensor:
     """Packed documents in one row again."""
     return output_btc if inputs[1].cu_seqlens is None else output_btc.flatten(0, 1)[None]

@@ -16,6 +16,7 @@ import torch
 
 from loglinear.model.layers import Documents
 from loglinear.ops.fenwick import bit_length, bucket_start
+from loglinear.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Pieces:
     key_starts: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CutDocuments(Documents):
     """This rank's part of a batch of packed documents, as one row.
 
@@ -122,6 +123,27 @@ def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int,
         pieces=pieces,
         bounds=tuple(row_bounds.tolist()),
     )
+
+
+def local_batch(
+    inputs_bt: torch.Tensor, labels_bt: torch.Tensor, cu_seqlens: torch.Tensor, mesh: Mesh
+) -> tuple[torch.Tensor, torch.Tensor, Documents]:
+    """This context rank's part of a batch of packed documents, on its device.
+
+    Args:
+        inputs_bt, labels_bt: int64 [B, T].
+        cu_seqlens: int32 [documents + 1] on the CPU, boundaries in the B x T tokens.
+        mesh: the ranks.
+
+    Returns:
+        Inputs and labels [B, T / ranks], and where documents lie in them.
+    """
+    axis, device = mesh.context, mesh.world.device
+    if axis.size == 1:
+        return inputs_bt.to(device), labels_bt.to(device), Documents.packed(cu_seqlens, device)
+    documents = cut_documents(cu_seqlens, len(inputs_bt), axis.size, axis.index, device)
+    inputs_bt, labels_bt = (x.chunk(axis.size, 1)[axis.index].contiguous().to(device) for x in (inputs_bt, labels_bt))
+    return inputs_bt, labels_bt, documents
 
 
 @dataclass(frozen=True)

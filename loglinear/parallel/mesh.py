@@ -18,11 +18,13 @@ class Axis:
     """The ranks that differ from this one along one axis.
 
     Attributes:
+        name: of the axis.
         size: how many they are, this one included.
         index: which of them this one is.
         group: torch's process group, None in a grid that lives in one process.
     """
 
+    name: str
     size: int
     index: int
     group: Any
@@ -45,6 +47,42 @@ class Mesh:
     context: Axis
     tensor: Axis
     replicas: Axis
+
+    @property
+    def readers(self) -> int:
+        """How many ranks read each sample."""
+        return self.context.size * self.tensor.size
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of Megatron's `mpu`: the ranks that share a replica, and those that hold the same weights."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_model_parallel_group(self) -> Any:
+        """The tensor ranks' group."""
+        return self._mesh.tensor.group
+
+    def get_model_parallel_rank(self) -> int:
+        """Which tensor rank this is."""
+        return self._mesh.tensor.index
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many tensor ranks there are."""
+        return self._mesh.tensor.size
+
+    def get_data_parallel_group(self) -> Any:
+        """The group that gradients are reduced over, and that ZeRO shards over."""
+        return self._mesh.replicas.group
+
+    def get_data_parallel_rank(self) -> int:
+        """Which of them this is."""
+        return self._mesh.replicas.index
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self._mesh.replicas.size
 
 
 def data_parallel_size(parallel: ParallelConfig, ranks: int) -> int:
@@ -72,19 +110,19 @@ def make_mesh(world: World, parallel: ParallelConfig) -> Mesh:
     grid_dct = torch.arange(world.size).view(shape)
     return Mesh(
         world,
-        data=_axis(world, grid_dct.permute(1, 2, 0).flatten(0, 1)),
-        context=_axis(world, grid_dct.permute(0, 2, 1).flatten(0, 1)),
-        tensor=_axis(world, grid_dct.flatten(0, 1)),
-        replicas=_axis(world, grid_dct.flatten(0, 1).T),
+        data=_axis("data", world, grid_dct.permute(1, 2, 0).flatten(0, 1)),
+        context=_axis("context", world, grid_dct.permute(0, 2, 1).flatten(0, 1)),
+        tensor=_axis("tensor", world, grid_dct.flatten(0, 1)),
+        replicas=_axis("replicas", world, grid_dct.flatten(0, 1).T),
     )
 
 
-def _axis(world: World, groups: torch.Tensor) -> Axis:
+def _axis(name: str, world: World, groups: torch.Tensor) -> Axis:
     """This rank's row among `groups`, ranks [groups, members]; all ranks make all groups, in one order."""
     own = None
     for ranks in groups.tolist():
         group = dist.new_group(ranks)
         if world.rank in ranks:
-            own = Axis(len(ranks), ranks.index(world.rank), group)
+            own = Axis(name, len(ranks), ranks.index(world.rank), group)
     assert own is not None
     return own

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loglinear.config import Config
-from loglinear.model import LanguageModel
+from loglinear.model import LanguageModel, build_model
 from loglinear.model.attention import SoftmaxMixer
 from loglinear.model.layers import ShortConv
 from loglinear.model.mixer import LogLinearMixer
@@ -26,6 +26,20 @@ from loglinear.parallel.vocabulary import VocabParallelCrossEntropy, lookup
 TIME = 1  # dimension of [B, T, D]
 
 
+def parallel_model(mesh: Mesh, config: Config, *, fresh: bool) -> LanguageModel:
+    """This rank's part of the run's model; unless it is `fresh`, its weights are still to be loaded."""
+    checkpointing = config.train.activation_checkpointing
+    if fresh:
+        model = build_model(config.model, config.run.seed, activation_checkpointing=checkpointing)
+        return parallelize(model, mesh, config)
+    with torch.device("meta"):
+        model = LanguageModel(config.model, activation_checkpointing=checkpointing)
+    _cut_parameters(model, mesh.tensor, config)
+    _allocate(model)
+    _connect(model, mesh, config)
+    return model
+
+
 def parallelize(model: LanguageModel, mesh: Mesh, config: Config) -> LanguageModel:
     """Make this rank's part of `model`, in place; names of parameters stay as they are.
 
@@ -34,13 +48,8 @@ def parallelize(model: LanguageModel, mesh: Mesh, config: Config) -> LanguageMod
         mesh: the ranks.
         config: the run's; its sizes divide as its validation promises.
     """
-    if mesh.tensor.size > 1:
-        _cut_parameters(model, mesh.tensor, config)
-        _communicate(model, Stream(mesh.tensor, config.parallel.sequence))
-    if mesh.context.size > 1:
-        _split_sequences(model, mesh.context)
-    if mesh.tensor.size > 1:
-        _choose_groups(model, mesh.tensor, config.model.log_linear.groups)
+    _cut_parameters(model, mesh.tensor, config)
+    _connect(model, mesh, config)
     return model
 
 
@@ -110,6 +119,8 @@ class OwnGroups(nn.Module):
 
 
 def _cut_parameters(model: LanguageModel, axis: Axis, config: Config) -> None:
+    if axis.size == 1:
+        return
     plan = placements(config)
     parts: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter is cut once
     for path, module in model.named_modules():
@@ -117,14 +128,40 @@ def _cut_parameters(model: LanguageModel, axis: Axis, config: Config) -> None:
             placement = placement_of(f"{path}.{name}".lstrip("."), plan)
             if parameter not in parts:
                 parts[parameter] = cut(parameter, placement, axis)
-                if placement is Placement.SHARED:
-                    parts[parameter].register_hook(lambda gradient: all_reduce(gradient, axis))
             module.register_parameter(name, parts[parameter])
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
 
 
-def _communicate(model: LanguageModel, stream: Stream) -> None:
+def _allocate(model: LanguageModel) -> None:
+    """Give the parameters of a model on the meta device memory, and nothing in it, one after the other."""
+    allocated: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in allocated:
+                allocated[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                vars(allocated[parameter]).update(vars(parameter))
+            module.register_parameter(name, allocated[parameter])
+
+
+def _connect(model: LanguageModel, mesh: Mesh, config: Config) -> None:
+    if mesh.tensor.size > 1:
+        _communicate(model, Stream(mesh.tensor, config.parallel.sequence))
+        _sum_shared_gradients(model, mesh.tensor, config)
+    if mesh.context.size > 1:
+        _split_sequences(model, mesh.context)
+    _choose_groups(model, mesh.tensor, config.model.log_linear.groups)
+
+
+def _sum_shared_gradients(model: LanguageModel, axis: Axis, config: Config) -> None:
+    """As if the parameter went through `copy_to`; on the parameter itself, so that no module needs to know."""
+    plan = placements(config)
+    for name, parameter in model.named_parameters():
+        if placement_of(name, plan) is Placement.SHARED:
+            parameter.register_hook(lambda gradient: all_reduce(gradient, axis))
+
+
+def _communicate(model: Any, stream: Stream) -> None:
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return stream.enter(inputs[0]), *inputs[1:]
 
@@ -144,13 +181,13 @@ def _communicate(model: LanguageModel, stream: Stream) -> None:
 def _choose_groups(model: LanguageModel, axis: Axis, groups: int) -> None:
     if groups == 1 or groups % axis.size == 0:
         return
-    for mixer in model.modules():
+    for mixer in list(model.modules()):
         if isinstance(mixer, LogLinearMixer):
             mixer.core = OwnGroups(mixer.core, axis.index * groups // axis.size)
 
 
 def _split_sequences(model: LanguageModel, axis: Axis) -> None:
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, ShortConv):
             module.register_forward_pre_hook(lambda conv, inputs: give_halo(conv, inputs, axis))
             module.register_forward_hook(join_rows)

@@ -37,6 +37,11 @@ class Shard:
     start: int
     size: int
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether there is more of the parameter than this part."""
+        return self.size < self.shape[self.dim]
+
 
 def placements(config: Config) -> dict[str, Placement]:
     """Placement by a pattern of names; the first that matches a parameter's whole name holds."""
@@ -98,12 +103,12 @@ def shard_of(parameter: torch.Tensor) -> Shard:
 
 def cut(parameter: nn.Parameter, placement: Placement, axis: Axis) -> nn.Parameter:
     """This rank's part of a whole parameter, marked for DeepSpeed's gradient norm and for checkpoints."""
-    if placement in (Placement.WHOLE, Placement.SHARED) or axis.size == 1:
+    if placement in (Placement.WHOLE, Placement.SHARED):
         return parameter
     dim = 0 if placement is Placement.ROWS else 1
     size = parameter.shape[dim] // axis.size
     shard = Shard(tuple(parameter.shape), dim, axis.index * size, size)
-    part = nn.Parameter(parameter.detach().narrow(dim, shard.start, size).clone(), parameter.requires_grad)
+    part = nn.Parameter(parameter.detach().narrow(dim, shard.start, size).clone())
     part.shard = shard  # pyright: ignore[reportAttributeAccessIssue]
     part.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
     return part

@@ -11,7 +11,8 @@ import torch
 from data_pipeline.batch import IGNORED, Batch
 from loglinear.config import Config
 from loglinear.model import LanguageModel
-from loglinear.parallel import World
+from loglinear.parallel import Mesh, local_batch
+from loglinear.parallel.mesh import ModelParallelUnit
 from loglinear.train.optim import make_optimizer
 from loglinear.train.timing import StepTimer
 
@@ -42,15 +43,16 @@ class Engine:
         deepspeed: the DeepSpeed engine; calling it runs the model.
     """
 
-    def __init__(self, model: LanguageModel, config: Config, world: World) -> None:
+    def __init__(self, model: LanguageModel, config: Config, mesh: Mesh) -> None:
         """Shard `model`'s optimizer (ZeRO 1), gradients (2) and weights (3) over the ranks."""
         import deepspeed
 
-        self.world = world
+        self.mesh, self.world = mesh, mesh.world
         self.deepspeed: Any = deepspeed.initialize(
-            model=model.to(world.device),
+            model=model.to(self.world.device),
             optimizer=make_optimizer(model, config.optimizer),
-            config=_deepspeed_config(config, world.size),
+            mpu=ModelParallelUnit(mesh),
+            config=_deepspeed_config(config, mesh.data.size),
         )[0]
 
     @property
@@ -65,6 +67,7 @@ class Engine:
         any number of ranks and micro-batches.
         """
         tokens, stops = self.world.sum(sum(map(_valid_tokens, batches)), wants_stop)
+        tokens /= self.mesh.readers
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -73,28 +76,27 @@ class Engine:
                 loss = self.loss_sum(batch)
             loss_sum += loss.detach()
             with timer("backward"):
-                # DeepSpeed averages over ranks; the sum is wanted.
-                self.deepspeed.backward(loss * (self.world.size / tokens), scale_wrt_gas=False)
+                # DeepSpeed averages over replicas; the sum is wanted.
+                self.deepspeed.backward(loss * (self.mesh.replicas.size / tokens), scale_wrt_gas=False)
             with timer("optimizer"):
                 self.deepspeed.step()  # updates after the last micro-batch alone
-        (total,) = self.world.sum(loss_sum.item())
+        (total,) = self.world.sum(loss_sum.item() / self.mesh.tensor.size)
         grad_norm = float(self.deepspeed.get_global_grad_norm())
         return StepResult(total / tokens, grad_norm, int(tokens), stops > 0)
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Cross-entropy summed over the labels of a batch, in nats."""
-        device = self.world.device
-        return self.deepspeed(batch.inputs.to(device), batch.labels.to(device), batch.cu_seqlens)
+        """Cross-entropy summed over the labels of this rank's part of a batch, in nats."""
+        return self.deepspeed(*local_batch(*batch, self.mesh))
 
 
 def _valid_tokens(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
 
 
-def _deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
+def _deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.train.micro_batches(ranks),
+        "gradient_accumulation_steps": config.train.micro_batches(data_parallel),
         "gradient_clipping": config.optimizer.clip_norm,
         "zero_optimization": {"stage": config.train.zero_stage},
         "zero_allow_untested_optimizer": True,

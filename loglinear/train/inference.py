@@ -14,11 +14,10 @@ from data_pipeline.batch import Batch
 from data_pipeline.held_out import held_out_batches
 from data_pipeline.tokenizer import load_tokenizer
 from loglinear.checkpoint import load_weights, read_latest
-from loglinear.config import Config
+from loglinear.config import Config, ParallelConfig
 from loglinear.model import LanguageModel, build_model
 from loglinear.model.generation import generate
-from loglinear.model.layers import Documents
-from loglinear.parallel import start_world
+from loglinear.parallel import local_batch, make_mesh, start_world
 from loglinear.train.engine import DTYPES
 from loglinear.train.evaluation import held_out_loss
 from loglinear.train.folder import RunFolder
@@ -37,6 +36,7 @@ def evaluate_run(root: Path, samples: int | None) -> None:
     folder = RunFolder(root)
     config = folder.load_config()
     world = start_world()
+    mesh = make_mesh(world, ParallelConfig())
     model, step = _load(folder, config, world.device)
     batches = held_out_batches(
         config.data,
@@ -44,19 +44,15 @@ def evaluate_run(root: Path, samples: int | None) -> None:
         seq_len=config.model.seq_len,
         batch=config.train.micro_batch,
         limit_samples=samples or sys.maxsize,
-        rank=world.rank,
-        world_size=world.size,
+        rank=mesh.data.index,
+        world_size=mesh.data.size,
     )
 
     def loss_sum(batch: Batch) -> torch.Tensor:
-        return model(
-            batch.inputs.to(world.device),
-            batch.labels.to(world.device),
-            Documents.packed(batch.cu_seqlens, world.device),
-        )
+        return model(*local_batch(*batch, mesh))
 
     console = Console(stderr=True, quiet=world.rank > 0)
-    loss = held_out_loss(loss_sum, track(batches, "evaluating", console=console, transient=True), world)
+    loss = held_out_loss(loss_sum, track(batches, "evaluating", console=console, transient=True), mesh)
     if world.rank == 0:
         print(f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
     world.close()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
+
 from data_pipeline.background import start_preparation, wait_until_ready
 from data_pipeline.batch import Batch
 from data_pipeline.held_out import held_out_batches
@@ -21,9 +23,9 @@ from loglinear import __version__
 from loglinear.checkpoint import CheckpointStore, Snapshot, load_weights
 from loglinear.config import Config
 from loglinear.errors import UserError
-from loglinear.model import build_model
+from loglinear.model import LanguageModel
 from loglinear.model.generation import generate
-from loglinear.parallel import World, start_world
+from loglinear.parallel import Mesh, make_mesh, parallel_model, start_world
 from loglinear.train.console import TrainConsole
 from loglinear.train.engine import Engine, StepResult
 from loglinear.train.evaluation import held_out_loss
@@ -46,7 +48,8 @@ def train(config: Config) -> None:
     stop = StopRequest()
     stop.listen()
     world = start_world()
-    _Run(config.with_absolute_paths(), world, stop).go()
+    mesh = make_mesh(world, config.parallel)
+    _Run(config.with_absolute_paths(), mesh, stop).go()
     world.close()
 
 
@@ -61,13 +64,14 @@ class _Data:
 class _Run:
     """Everything that lives as long as a run does."""
 
-    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
-        self.config, self.world, self.stop = config, world, stop
+    def __init__(self, config: Config, mesh: Mesh, stop: StopRequest) -> None:
+        self.config, self.mesh, self.stop = config, mesh, stop
+        world = self.world = mesh.world
         self.first = world.rank == 0
-        self.micro_batches = config.train.micro_batches(world.size)
+        self.micro_batches = config.train.micro_batches(mesh.data.size)
         peak = peak_flops(world.device, config.train.peak_tflops)
         self.folder = RunFolder(config.run.folder)
-        self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint, world)
+        self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint, mesh)
         snapshot = self.store.latest()
         if snapshot is not None:
             check_unchanged(snapshot.state["config"], config)
@@ -110,8 +114,8 @@ class _Run:
             seq_len=model.seq_len,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=self.mesh.data.index,
+            world_size=self.mesh.data.size,
             start_sample=0 if saved is None else saved.samples,
         )
         if saved is not None:
@@ -135,19 +139,19 @@ class _Run:
 
     def _make_engine(self, snapshot: Snapshot | None) -> Engine:
         config = self.config
-        model = build_model(
-            config.model, config.run.seed, activation_checkpointing=config.train.activation_checkpointing
-        )
+        model = parallel_model(self.mesh, config, fresh=snapshot is None)
         if snapshot is not None:
             load_weights(snapshot.folder, model)
-        engine = Engine(model, config, self.world)
+        engine = Engine(model, config, self.mesh)
         if snapshot is not None:
             self.store.restore(snapshot, engine.deepspeed)
             self.console.say(f"Going on after step {snapshot.step} of {config.train.steps}.")
         return engine
 
     def _make_monitor(self, peak: float) -> Monitor:
-        flops = TRAINING_FLOPS * self.engine.model.flops_per_token(self.config.model.seq_len)
+        with torch.device("meta"):
+            whole = LanguageModel(self.config.model)
+        flops = TRAINING_FLOPS * whole.flops_per_token(self.config.model.seq_len)
         return Monitor(self.folder, self.config, self.start, flops, peak)
 
     def _step(self, step: int) -> StepResult:
@@ -180,10 +184,10 @@ class _Run:
             seq_len=config.model.seq_len,
             batch=config.train.micro_batch,
             limit_samples=config.eval.samples,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=self.mesh.data.index,
+            world_size=self.mesh.data.size,
         )
-        loss = held_out_loss(self.engine.loss_sum, batches, self.world)
+        loss = held_out_loss(self.engine.loss_sum, batches, self.mesh)
         text = self._sample()
         if self.monitor is not None:
             self.monitor.held_out(step, loss)

@@ -19,6 +19,7 @@ from loglinear.checkpoint.weights import PieceReader
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
 from loglinear.model import build_model
+from loglinear.parallel.shard import Shard
 from loglinear.train.run import train
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import small_config
@@ -76,13 +77,15 @@ def test_every_element_is_saved_once(sharded: Path) -> None:
 def test_any_range_of_any_parameter_comes_back(sharded: Path, data: st.DataObject) -> None:
     with PieceReader(read_latest(sharded / "checkpoints").folder) as reader:
         name = data.draw(st.sampled_from(sorted(reader.parameters)))
-        numel = torch.Size(reader.parameters[name]["shape"]).numel()
+        shape = tuple(reader.parameters[name]["shape"])
+        numel = torch.Size(shape).numel()
+        shard = Shard(shape, 0, 0, shape[0])
         start = data.draw(st.integers(0, numel - 1))
         end = data.draw(st.integers(start, numel))
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             whole, part = torch.empty(numel), torch.empty(end - start)
-            reader.read_into(whole, name, 0, kind)
-            reader.read_into(part, name, start, kind)
+            reader.read_into(whole, name, shard, 0, kind)
+            reader.read_into(part, name, shard, start, kind)
             assert torch.equal(part, whole[start:end])
 
 

@@ -27,9 +27,13 @@ def packed_boundaries() -> torch.Tensor:
     return torch.tensor([0, *LENGTHS]).cumsum(0).int()
 
 
+def packed_documents() -> Documents:
+    return Documents.packed(packed_boundaries(), torch.device("cpu"))
+
+
 def test_packed_documents_give_the_logits_of_documents_alone(pattern: Pattern) -> None:
     model, tokens_bt = awake(tiny(pattern)), random_tokens(2, 80)
-    packed_btv = model(tokens_bt, documents=Documents.packed(packed_boundaries(), tokens_bt.device))
+    packed_btv = model(tokens_bt, documents=packed_documents())
     assert packed_btv.shape == (2, 80, VOCAB)
     for start, end in pairwise(packed_boundaries().tolist()):
         if end > start:
@@ -39,7 +43,7 @@ def test_packed_documents_give_the_logits_of_documents_alone(pattern: Pattern) -
 
 def test_packed_documents_give_the_gradients_of_documents_alone(pattern: Pattern) -> None:
     model, tokens_bt, labels_bt = awake(tiny(pattern)), random_tokens(2, 80), random_tokens(2, 80, seed=1)
-    model(tokens_bt, labels_bt, packed_boundaries()).backward()
+    model(tokens_bt, labels_bt, packed_documents()).backward()
     packed = gradients(model)
     for start, end in pairwise(packed_boundaries().tolist()):
         if end > start:
@@ -112,7 +116,7 @@ def test_activation_checkpointing_changes_nothing(pattern: Pattern, packed: bool
     results = []
     for checkpointing in (False, True):
         model = awake(tiny(pattern), activation_checkpointing=checkpointing)
-        loss = model(tokens_bt, labels_bt, packed_boundaries() if packed else None)
+        loss = model(tokens_bt, labels_bt, packed_documents() if packed else None)
         loss.backward()
         results.append((loss.detach(), gradients(model)))
     (plain, plain_gradients), (saved, saved_gradients) = results
@@ -152,7 +156,7 @@ def test_bf16_weights_train_and_decode_like_fp32(pattern: Pattern) -> None:
     model, tokens_bt, labels_bt = awake(tiny(pattern)), random_tokens(2, 80), random_tokens(2, 80, seed=1)
     wanted = float(model(tokens_bt, labels_bt).detach())
     model = model.bfloat16()
-    loss = model(tokens_bt, labels_bt, packed_boundaries())
+    loss = model(tokens_bt, labels_bt, packed_documents())
     assert loss.dtype == torch.float32
     assert float(model(tokens_bt, labels_bt).detach()) == pytest.approx(wanted, rel=0.02)
     loss.backward()

@@ -11,6 +11,7 @@ import torch
 from loglinear.checkpoint import read_latest
 from loglinear.checkpoint.weights import PieceReader
 from loglinear.config import Config, DataConfig
+from loglinear.parallel.shard import Shard
 from tests.corpus import VOCAB
 
 SEQ_LEN = 160  # more than two chunks
@@ -64,7 +65,8 @@ def saved_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     with PieceReader(folder) as reader:
         for name, entry in reader.parameters.items():
             for kind in ("weight", "exp_avg", "exp_avg_sq"):
-                flat = torch.full((torch.Size(entry["shape"]).numel(),), torch.nan)
-                reader.read_into(flat, name, 0, kind)
+                shape = tuple(entry["shape"])
+                flat = torch.full((torch.Size(shape).numel(),), torch.nan)
+                reader.read_into(flat, name, Shard(shape, 0, 0, shape[0]), 0, kind)
                 tensors[f"{kind}/{name}"] = flat
     return tensors
