@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -296,3 +297,9 @@ def test_every_configuration_loads_and_is_explained(path: Path) -> None:
 def test_the_commit_hooks_download_nothing() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+
+
+def test_the_ci_script_can_be_run_and_tests() -> None:
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    assert "lint test" in script.read_text(encoding="utf-8")
