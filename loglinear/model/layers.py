@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
 
 
@@ -116,8 +117,9 @@ def rotate(x_bthp: torch.Tensor, positions_bt: torch.Tensor, base: float) -> tor
         base: wavelength of the slowest pair over 2 pi, about.
     """
     half = x_bthp.shape[-1] // 2
-    frequency_p = base ** (-torch.arange(half, device=x_bthp.device, dtype=torch.float32) / half)
-    angle_bt1p = (positions_bt[..., None].float() * frequency_p)[:, :, None]
+    exact = at_least_fp32(x_bthp)
+    frequency_p = base ** (-torch.arange(half, device=x_bthp.device, dtype=exact.dtype) / half)
+    angle_bt1p = (positions_bt[..., None] * frequency_p)[:, :, None]
     cos, sin = angle_bt1p.cos(), angle_bt1p.sin()
-    first, second = x_bthp.float().chunk(2, -1)
+    first, second = exact.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_bthp.dtype)

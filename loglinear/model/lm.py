@@ -17,6 +17,7 @@ from loglinear.model.attention import KeyValueCache
 from loglinear.model.block import Block
 from loglinear.model.layers import Documents
 from loglinear.model.mixer import MixerState
+from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
 from loglinear.ops.lambda_map import LambdaMap
 
@@ -81,7 +82,7 @@ class LanguageModel(nn.Module):
                 x_btd, _ = checkpoint(block, x_btd, documents, use_reentrant=True)  # pyright: ignore[reportGeneralTypeIssues]
             else:
                 x_btd, _ = block(x_btd, documents)
-        logits_btv = self.head(self.norm(x_btd)).float()
+        logits_btv = at_least_fp32(self.head(self.norm(x_btd)))
         if labels_bt is None:
             return self.whole_logits(logits_btv).view(batch, time, -1)
         return self.loss(logits_btv, labels_bt)
@@ -107,7 +108,7 @@ class LanguageModel(nn.Module):
         for block, before in zip(self.blocks, state.layers, strict=True):
             x_btd, after = block(x_btd, documents, before)
             layers.append(after)
-        logits_bv = self.whole_logits(self.head(self.norm(x_btd[:, -1])).float())
+        logits_bv = self.whole_logits(at_least_fp32(self.head(self.norm(x_btd[:, -1]))))
         return logits_bv, DecodeState(tuple(layers), state.position + time)
 
     def flops_per_token(self, seq_len: int) -> int:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from loglinear.config import ModelConfig
 from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv
 from loglinear.ops import LogLinearState, log_linear_attention, num_levels, recurrent_step
+from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
 
@@ -129,8 +130,8 @@ class LogLinearMixer(nn.Module):
         q, k, v = (conv(x, documents, before) for conv, x, before in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp = v.unflatten(2, (-1, self.head_dim))
-        step_bth = F.softplus(self.dt_proj(x_btd).float() + self.dt_bias.float())
-        g_bth = -self.A_log.float().exp() * step_bth
+        step_bth = F.softplus(at_least_fp32(self.dt_proj(x_btd)) + at_least_fp32(self.dt_bias))
+        g_bth = -at_least_fp32(self.A_log).exp() * step_bth
         scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
         weighted_bthp = v_bthp * step_bth[..., None].to(v_bthp.dtype)
         memory = None if state is None else state.memory

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from loglinear.config import LevelScaleName
 from loglinear.errors import UserError
+from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.fenwick import num_levels
 from loglinear.ops.flops import linear_flops
 
@@ -45,7 +46,7 @@ class LambdaMap(nn.Module):
         Raises:
             UserError: `length` needs more levels than were trained, and the policy is "error".
         """
-        logits_bthl = self.logits(x_btd).float()
+        logits_bthl = at_least_fp32(self.logits(x_btd))
         missing = num_levels(length) - self.levels
         if missing > 0:
             if self.beyond == "error":

@@ -1,0 +1,250 @@
+"""A model over a mesh of real gloo ranks, held to the same model in one process.
+
+Everything that runs in the ranks is here, so that one start of ranks serves many cases.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.batch import Batch, make_batch
+from loglinear.checkpoint.zero import fragments
+from loglinear.config import Config
+from loglinear.model import build_model
+from loglinear.model.layers import Documents
+from loglinear.parallel import local_batch, make_mesh, parallel_model, start_world
+from loglinear.parallel.collectives import all_gather, all_reduce
+from loglinear.parallel.mesh import Mesh
+from loglinear.parallel.parallelize import parallelize
+from loglinear.parallel.shard import shard_of
+from loglinear.train.engine import Engine
+from loglinear.train.optim import make_optimizer
+from loglinear.train.schedule import learning_rate
+from loglinear.train.timing import StepTimer
+
+VOCAB, SEQ_LEN, SAMPLES, BOS = 48, 96, 4, 1
+MESHES = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+PATTERNS = {"log_linear": ["log_linear"], "softmax": ["softmax"], "hybrid": ["log_linear", "softmax"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One parity check: a mesh (data, context, tensor), a mixer, and what is special about it."""
+
+    mesh: tuple[int, int, int]
+    pattern: str = "hybrid"
+    sequence: bool = True
+    packed: bool = True
+    groups: int = 1
+    level_scale: str = "mlp"
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the mesh has."""
+        return self.mesh[0] * self.mesh[1] * self.mesh[2]
+
+    def config(self) -> Config:
+        """A tiny model whose heads, groups and vocabulary divide as they must."""
+        log_linear = {"heads": 4, "head_dim": 8, "groups": self.groups, "state_dim": 8}
+        return Config.model_validate(
+            {
+                "model": {
+                    "vocab_size": VOCAB,
+                    "seq_len": SEQ_LEN,
+                    "dim": 16,
+                    "layers": 2,
+                    "pattern": PATTERNS[self.pattern],
+                    "log_linear": log_linear | {"level_scale": self.level_scale, "level_scale_hidden": 8},
+                    "softmax": {"heads": 4, "head_dim": 8},
+                    "mlp_dim": 32,
+                    "init_std": 0.2,
+                    "tie_embeddings": self.pattern != "softmax",
+                },
+                "train": {"global_batch": SAMPLES, "micro_batch": SAMPLES // self.mesh[0]},
+                "parallel": {"context": self.mesh[1], "tensor": self.mesh[2], "sequence": self.sequence},
+            }
+        )
+
+
+def batch_of(case: Case, seed: int = 0) -> Batch:
+    """Samples of random tokens, each one document, or cut into documents of random lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_bt = torch.randint(2, VOCAB, (SAMPLES, SEQ_LEN + 1), generator=generator)
+    if case.packed:
+        tokens_bt[torch.rand(tokens_bt.shape, generator=generator) < 0.04] = BOS
+    return make_batch(list(tokens_bt.numpy()), SEQ_LEN, BOS, 0)
+
+
+def awake(model: torch.nn.Module) -> None:
+    """Move every parameter away from its start, where some gradients are zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def run_cases(cases: list[Case], folder: Path) -> None:
+    """In every rank: each case; what differs is written to `folder`, one file a rank."""
+    world = start_world()
+
+    def check(case: Case) -> Differences:
+        return compare(case, make_mesh(world, case.config().parallel))
+
+    report([(case,) for case in cases], check, folder / f"rank-{world.rank}")
+    world.close()
+
+
+def report(cases: Iterable[tuple[Any, ...]], check: Callable[..., Differences], file: Path) -> None:
+    """Check each case and write down which differ, and how; an error ends the rank."""
+    found = []
+    for case in cases:
+        try:
+            found += [f"{case}: {difference}" for difference in check(*case).found]
+        except Exception:
+            file.write_text(f"{case}: {traceback.format_exc()}")
+            raise
+    file.write_text("\n".join(found))
+
+
+class Differences:
+    """What differs in a case. Noted rather than raised: a rank that left early would let the others wait."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.found: list[str] = []
+
+    def compare(self, name: str, found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> None:
+        """Note if the error is above the tolerance times the truth's norm, plus `floor`."""
+        error, norm = (found.double() - expected).norm().item(), expected.norm().item()
+        if not error <= self.tolerance * norm + floor:
+            self.found.append(f"{name} differs by {error:.1e}, its norm is {norm:.1e}")
+
+
+def compare(case: Case, mesh: Mesh) -> Differences:
+    """Loss, logits and the gradient of every parameter, in float64."""
+    config, batch, differences = case.config(), batch_of(case), Differences(1e-10)
+    truth = build_model(config.model, seed=0).double()
+    awake(truth)
+    model = build_model(config.model, seed=0).double()
+    awake(model)
+    model = parallelize(model, mesh, config)
+    documents = Documents.packed(batch.cu_seqlens, torch.device("cpu"))
+    expected = truth(batch.inputs, batch.labels, documents)
+    expected.backward()
+    own = own_samples(batch, mesh)
+    loss = model(*local_batch(*own, mesh))
+    loss.backward()
+    total = all_reduce(loss.detach(), mesh.replicas)
+    differences.compare("loss", total, expected.detach())
+    with torch.no_grad():
+        inputs_bt, _, local = local_batch(*own, mesh)
+        logits_btv = model(inputs_bt, documents=local)
+        whole = all_gather(all_gather(logits_btv, mesh.context, 1), mesh.data, 0)
+        differences.compare("logits", whole, truth(batch.inputs, documents=documents))
+    compare_gradients(model, truth, mesh, differences)
+    return differences
+
+
+def own_samples(batch: Batch, mesh: Mesh) -> Batch:
+    """The samples of this rank's place along the data axis, packed anew."""
+    inputs_bt, labels_bt = (x.chunk(mesh.data.size)[mesh.data.index] for x in batch[:2])
+    tokens = torch.cat([inputs_bt, labels_bt[:, -1:]], 1)
+    return make_batch(list(tokens.numpy()), SEQ_LEN, BOS, 0)
+
+
+def compare_gradients(model: torch.nn.Module, truth: torch.nn.Module, mesh: Mesh, differences: Differences) -> None:
+    """Each parameter's gradient, summed over replicas, against this rank's part of the true one."""
+    expected = dict(truth.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        shard = shard_of(parameter)
+        whole = expected[name].grad
+        assert whole is not None
+        part = whole.narrow(shard.dim, shard.start, shard.size)
+        differences.compare(name, all_reduce(parameter.grad, mesh.replicas), part)
+
+
+STEPS = 5
+CLIP_NORM = 0.5
+
+
+def training_config(case: Case, stage: int) -> Config:
+    """The case's model trained for a few steps, with clipping that acts."""
+    tree = case.config().model_dump()
+    tree["train"] |= {"steps": STEPS, "zero_stage": stage}
+    tree["optimizer"] |= {"lr": 1e-2, "clip_norm": CLIP_NORM}
+    return Config.model_validate(tree)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Five steps in one process: losses, gradient norms, the first step's clipped gradients, the last weights."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def train_plainly(case: Case) -> Truth:
+    """Plain PyTorch in float64."""
+    config = training_config(case, stage=1)
+    model = build_model(config.model, seed=0).double()
+    optimizer = make_optimizer(model, config.optimizer)
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        batch = batch_of(case, seed=step)
+        loss = model(batch.inputs, batch.labels, Documents.packed(batch.cu_seqlens, torch.device("cpu")))
+        optimizer.zero_grad()
+        (loss / batch.labels.numel()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item())
+        losses.append(loss.item() / batch.labels.numel())
+        gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+    return Truth(losses, norms, gradients, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def train_cases(cases: list[tuple[Case, int]], truths: dict[str, Truth], folder: Path) -> None:
+    """In every rank: each case under its ZeRO stage; what differs is written to `folder`, one file a rank."""
+    world = start_world()
+
+    def check(case: Case, stage: int) -> Differences:
+        return compare_training(case, stage, truths[case.pattern], make_mesh(world, case.config().parallel))
+
+    report(cases, check, folder / f"rank-{world.rank}")
+    world.close()
+
+
+def compare_training(case: Case, stage: int, truth: Truth, mesh: Mesh) -> Differences:
+    """Every step's loss and gradient norm, every parameter's first gradient and last weight, in fp32."""
+    config = training_config(case, stage)
+    engine = Engine(parallel_model(mesh, config, fresh=True), config, mesh)
+    timer, differences = StepTimer(torch.device("cpu")), Differences(1e-5)
+    for step in range(STEPS):
+        own = own_samples(batch_of(case, seed=step), mesh)
+        result = engine.step([own], learning_rate(config, step), False, timer)
+        differences.compare(f"loss of step {step}", torch.tensor(result.loss), torch.tensor(truth.losses[step]))
+        differences.compare(f"norm of step {step}", torch.tensor(result.grad_norm), torch.tensor(truth.norms[step]))
+        if step == 0:
+            beta = config.optimizer.betas[0]
+            compare_fragments(engine, "exp_avg", {n: (1 - beta) * g for n, g in truth.gradients.items()}, differences)
+    compare_fragments(engine, "weight", truth.weights, differences)
+    return differences
+
+
+def compare_fragments(engine: Engine, kind: str, expected: dict[str, torch.Tensor], differences: Differences) -> None:
+    """What this rank owns of every parameter's weight or moment, against the same part of the truth."""
+    noise = 1e-8 * sum(whole.norm().item() ** 2 for whole in expected.values()) ** 0.5  # of sums that nearly cancel
+    for fragment in fragments(engine.deepspeed):
+        shard, found = fragment.shard, fragment.tensors[kind]
+        part = expected[fragment.name].narrow(shard.dim, shard.start, shard.size).flatten()
+        part = part[fragment.start : fragment.start + len(found)]
+        differences.compare(f"{kind} of {fragment.name}", found, part, floor=noise)
