@@ -235,16 +235,20 @@ def compare_training(case: Case, stage: int, truth: Truth, mesh: Mesh) -> Differ
         differences.compare(f"norm of step {step}", torch.tensor(result.grad_norm), torch.tensor(truth.norms[step]))
         if step == 0:
             beta = config.optimizer.betas[0]
-            compare_fragments(engine, "exp_avg", {n: (1 - beta) * g for n, g in truth.gradients.items()}, differences)
-    compare_fragments(engine, "weight", truth.weights, differences)
+            gradients = {name: (1 - beta) * gradient for name, gradient in truth.gradients.items()}
+            norm = sum(gradient.norm().item() ** 2 for gradient in gradients.values()) ** 0.5
+            compare_fragments(engine, "exp_avg", gradients, differences, noise=1e-8 * norm)  # of sums that cancel
+    reach = config.optimizer.lr * STEPS  # as far as AdamW moves an element, however small its gradient
+    compare_fragments(engine, "weight", truth.weights, differences, noise=1e-5 * reach)
     return differences
 
 
-def compare_fragments(engine: Engine, kind: str, expected: dict[str, torch.Tensor], differences: Differences) -> None:
+def compare_fragments(
+    engine: Engine, kind: str, expected: dict[str, torch.Tensor], differences: Differences, noise: float
+) -> None:
     """What this rank owns of every parameter's weight or moment, against the same part of the truth."""
-    noise = 1e-8 * sum(whole.norm().item() ** 2 for whole in expected.values()) ** 0.5  # of sums that nearly cancel
     for fragment in fragments(engine.deepspeed):
         shard, found = fragment.shard, fragment.tensors[kind]
         part = expected[fragment.name].narrow(shard.dim, shard.start, shard.size).flatten()
         part = part[fragment.start : fragment.start + len(found)]
-        differences.compare(f"{kind} of {fragment.name}", found, part, floor=noise)
+        differences.compare(f"{kind} of {fragment.name}", found, part, floor=noise * len(found) ** 0.5)

@@ -1,0 +1,57 @@
+"""Every mesh computes what one process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.parity import MESHES, PATTERNS, Case, run_cases, train_cases, train_plainly
+from tests.processes import exit_codes, start_ranks
+
+RANKS = [1, 2, 4, 8]
+EVERY_CASE = [
+    Case(mesh, pattern, sequence)
+    for mesh in MESHES
+    for pattern in PATTERNS
+    for sequence in ((True, False) if mesh[2] > 1 else (True,))
+]
+LEVEL_SCALES = ["none", "static", "scaled", "linear", "mlp_token", "mlp_softmax", "mlp_masked_softmax"]
+SPECIAL_CASES = [
+    *(Case(mesh, packed=False) for mesh in MESHES),
+    *(Case((1, 1, tensor), "log_linear", groups=groups) for tensor in (2, 4) for groups in (2, 4)),
+    Case((1, 2, 2), "log_linear", groups=2),
+    Case((1, 2, 4), "log_linear", groups=2),
+    *(Case((1, 2, 2), "log_linear", level_scale=name) for name in LEVEL_SCALES),
+    Case((1, 3, 1), packed=True),
+    Case((1, 3, 1), packed=False),
+]
+
+
+def run(ranks: int, target: Callable[..., Any], folder: Path, *args: Any) -> None:
+    """Run cases in one start of ranks; nothing may differ in any of them."""
+    codes = exit_codes(start_ranks(ranks, target, *args, folder, log=folder / "log"), seconds=600)
+    differences = "\n".join(file.read_text() for file in sorted(folder.glob("rank-*"))).strip()
+    assert codes == [0] * ranks, differences + (folder / "log").read_text()
+    assert not differences, differences
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_loss_logits_and_every_gradient_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
+    """In float64, to 1e-10."""
+    run(ranks, run_cases, tmp_path, [case for case in EVERY_CASE if case.ranks == ranks])
+
+
+@pytest.mark.parametrize("ranks", [*RANKS, 3])
+def test_groups_maps_and_whole_sequences_too(tmp_path: Path, ranks: int) -> None:
+    run(ranks, run_cases, tmp_path, [case for case in SPECIAL_CASES if case.ranks == ranks])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_five_steps_under_every_zero_stage_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
+    """Losses, gradient norms, first gradients and last weights, in fp32, to 1e-5 of plain PyTorch in float64."""
+    truths = {pattern: train_plainly(Case((1, 1, 1), pattern)) for pattern in PATTERNS}
+    cases = [(case, stage) for case in EVERY_CASE for stage in (1, 2, 3) if case.ranks == ranks]
+    run(ranks, train_cases, tmp_path, cases, truths)
