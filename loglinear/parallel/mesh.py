@@ -106,7 +106,8 @@ def make_mesh(world: World, parallel: ParallelConfig) -> Mesh:
     Raises:
         UserError: the number of ranks does not fit.
     """
-    shape = (data_parallel_size(parallel, world.size), parallel.context, parallel.tensor)
+    data = world.together(lambda: data_parallel_size(parallel, world.size))[0]
+    shape = (data, parallel.context, parallel.tensor)
     grid_dct = torch.arange(world.size).view(shape)
     return Mesh(
         world,
