@@ -45,9 +45,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks to plan for.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to plan for, all together.")] = 1,
 ) -> None:
-    """Show parameters, FLOPs and memory per rank of a run; nothing is started."""
+    """Show parameters, FLOPs, memory and traffic per rank of a run; nothing is started."""
     from loglinear.config import load_config
 
     settings = load_config(config, overrides or ())
@@ -65,6 +65,17 @@ def evaluate(
     from loglinear.train.inference import evaluate_run
 
     evaluate_run(run_dir, samples)
+
+
+@app.command()
+def export(
+    run_dir: RunDir, out: Annotated[Path, typer.Argument(help="The safetensors file to write.", metavar="OUT")]
+) -> None:
+    """Write the whole fp32 weights of a run's last checkpoint into one safetensors file."""
+    from loglinear.checkpoint import export_weights, read_latest
+    from loglinear.train.folder import RunFolder
+
+    export_weights(read_latest(RunFolder(run_dir).checkpoints).folder, out)
 
 
 @app.command()

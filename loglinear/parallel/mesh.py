@@ -100,6 +100,15 @@ def data_parallel_size(parallel: ParallelConfig, ranks: int) -> int:
     return ranks // inner
 
 
+def last_rank(data: int, parallel: ParallelConfig) -> Mesh:
+    """The mesh as its last rank would see it, in a process that has no others: for planning, without groups."""
+    sizes = {"data": data, "context": parallel.context, "tensor": parallel.tensor}
+    sizes["replicas"] = data * parallel.context
+    ranks = data * parallel.context * parallel.tensor
+    axes = {name: Axis(name, size, size - 1, None) for name, size in sizes.items()}
+    return Mesh(World(ranks - 1, ranks, torch.device("meta")), **axes)
+
+
 def make_mesh(world: World, parallel: ParallelConfig) -> Mesh:
     """Arrange all ranks; every rank must call it.
 

@@ -15,9 +15,14 @@ from torch.overrides import TorchFunctionMode
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.model.layers import Documents
+from loglinear.parallel.collectives import count_traffic
+from loglinear.parallel.cut import cut_documents
+from loglinear.parallel.mesh import data_parallel_size, last_rank
+from loglinear.parallel.parallelize import parallelize
 from loglinear.train.engine import DTYPES
 from loglinear.train.timing import TRAINING_FLOPS
 
+LocalBatch = tuple[torch.Tensor, Documents | None]  # token ids, and where documents lie in them
 MASTER_AND_MOMENTS = 3 * 4  # bytes a parameter: fp32 weight and AdamW's two moments
 
 
@@ -31,6 +36,7 @@ class Plan:
         tokens_per_step: of the global batch.
         micro_batches: of each rank in a step.
         memory: by kind; activations are the most that autograd holds for one micro-batch.
+        traffic: bytes that each rank gives to the network in a step, by the axis of the mesh.
     """
 
     parameters: int
@@ -38,25 +44,31 @@ class Plan:
     tokens_per_step: int
     micro_batches: int
     memory: dict[str, int]
+    traffic: dict[str, int]
 
 
 def make_plan(config: Config, ranks: int) -> Plan:
-    """Plan `config` for `ranks` data-parallel ranks.
+    """Plan `config` for `ranks` ranks.
 
     Raises:
-        UserError: the global batch does not divide evenly over the ranks.
+        UserError: the ranks do not fit the mesh, or the global batch does not divide evenly over them.
     """
-    micro_batches = config.train.micro_batches(ranks)
+    data = data_parallel_size(config.parallel, ranks)
+    micro_batches = config.train.micro_batches(data)
     with torch.device("meta"):
-        model = LanguageModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
-    model.to(DTYPES[config.train.precision])
+        whole = LanguageModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
+    parameters, flops = whole.parameter_count(), whole.flops_per_token(config.model.seq_len)
+    replicas = data * config.parallel.context
+    model = parallelize(whole.to(DTYPES[config.train.precision]), last_rank(data, config.parallel), config)
+    batch = _local_batch(config)
     return Plan(
-        parameters=model.parameter_count(),
-        flops_per_token=TRAINING_FLOPS * model.flops_per_token(config.model.seq_len),
+        parameters=parameters,
+        flops_per_token=TRAINING_FLOPS * flops,
         tokens_per_step=config.train.global_batch * config.model.seq_len,
         micro_batches=micro_batches,
-        memory=_state_memory(config, model.parameter_count(), ranks)
-        | {"activations": _activation_memory(model, config.train.micro_batch, config.model.seq_len)},
+        memory=_state_memory(config, model.parameter_count(), replicas)
+        | {"activations": _activation_memory(model, *batch)},
+        traffic=_traffic(config, model, batch, micro_batches, replicas),
     )
 
 
@@ -71,12 +83,37 @@ def print_plan(plan: Plan) -> None:
     table.add_row("micro-batches per rank and step", f"{plan.micro_batches:,}", end_section=True)
     for kind, size in plan.memory.items():
         table.add_row(f"{kind}, per rank", _gib(size))
-    table.add_row("total, per rank", _gib(sum(plan.memory.values())))
+    table.add_row("total, per rank", _gib(sum(plan.memory.values())), end_section=True)
+    for axis, size in plan.traffic.items():
+        table.add_row(f"sent over {axis}, per rank and step", _gib(size))
     Console().print(table)
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.3f} GiB"
+
+
+def _local_batch(config: Config) -> LocalBatch:
+    """Token ids [B, T / context] of the last context rank, every sample one document."""
+    samples, seq_len, context = config.train.micro_batch, config.model.seq_len, config.parallel.context
+    tokens_bt = torch.zeros(samples, seq_len // context, dtype=torch.int64, device="meta")
+    bounds = seq_len * torch.arange(samples + 1, dtype=torch.int32)
+    if context > 1:
+        return tokens_bt, cut_documents(bounds, samples, context, context - 1, tokens_bt.device)
+    return tokens_bt, Documents.packed(bounds, tokens_bt.device) if config.parallel.tensor > 1 else None
+
+
+def _traffic(
+    config: Config, model: LanguageModel, batch: LocalBatch, micro_batches: int, replicas: int
+) -> dict[str, int]:
+    """Counted in a forward and backward pass without data; what ZeRO sends by its paper, arXiv 1910.02054."""
+    tokens_bt, documents = batch
+    with count_traffic() as traffic:
+        model(tokens_bt, tokens_bt, documents).backward()
+    weights = model.parameter_count() * DTYPES[config.train.precision].itemsize
+    passes = 3 if config.train.zero_stage == 3 else 2  # gradients once, and weights once or, in stage 3, twice
+    sent = {axis: size * micro_batches for axis, size in sorted(traffic.items())}
+    return sent | {"replicas": passes * weights * (replicas - 1) // replicas}
 
 
 def _state_memory(config: Config, parameters: int, ranks: int) -> dict[str, int]:
@@ -90,16 +127,15 @@ def _state_memory(config: Config, parameters: int, ranks: int) -> dict[str, int]
     }
 
 
-def _activation_memory(model: LanguageModel, batch: int, seq_len: int) -> int:
+def _activation_memory(model: LanguageModel, tokens_bt: torch.Tensor, documents: Documents | None) -> int:
     """The most bytes that autograd holds at once for the backward pass of a micro-batch, weights apart."""
-    tokens_bt = torch.zeros(batch, seq_len, dtype=torch.int64, device="meta")
     weights = list(model.parameters())
-    kept = _saved_bytes(lambda: model(tokens_bt, tokens_bt), weights)
+    kept = _saved_bytes(lambda: model(tokens_bt, tokens_bt, documents), weights)
     if not model.activation_checkpointing:
         return kept
     # Once the head's are spent, a block's activations come back beside its input and those of all blocks before it.
-    x_btd = model.embedding(tokens_bt)
-    documents = Documents.rows(batch, seq_len, 0, x_btd.device)
+    x_btd = model.embedding(tokens_bt if documents is None else tokens_bt.view(1, -1))
+    documents = documents or Documents.rows(*tokens_bt.shape, 0, x_btd.device)
     blocks = [_saved_bytes(lambda block=block: block(x_btd, documents), [*weights, x_btd]) for block in model.blocks]
     recomputed = max(number * x_btd.nbytes + block for number, block in enumerate(blocks, 1))
     return max(kept, tokens_bt.nbytes + recomputed)

@@ -5,6 +5,7 @@ Everything that runs in the ranks is here, so that one start of ranks serves man
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 
+import loglinear.parallel
 from data_pipeline.batch import Batch, make_batch
 from loglinear.checkpoint.zero import fragments
 from loglinear.config import Config
 from loglinear.model import build_model
 from loglinear.model.layers import Documents
 from loglinear.parallel import local_batch, make_mesh, parallel_model, start_world
-from loglinear.parallel.collectives import all_gather, all_reduce
+from loglinear.parallel.collectives import all_gather, all_reduce, count_traffic
 from loglinear.parallel.mesh import Mesh
 from loglinear.parallel.parallelize import parallelize
 from loglinear.parallel.shard import shard_of
@@ -252,3 +254,77 @@ def compare_fragments(
         part = expected[fragment.name].narrow(shard.dim, shard.start, shard.size).flatten()
         part = part[fragment.start : fragment.start + len(found)]
         differences.compare(f"{kind} of {fragment.name}", found, part, floor=noise * len(found) ** 0.5)
+
+
+def ignore_gradients_of_others(module: Any) -> None:
+    """The gradient of what all tensor ranks hold whole is no longer summed."""
+    module.parallelize.copy_to = lambda x, axis: x
+
+
+def keep_shared_gradients_apart(module: Any) -> None:
+    """The parts of shared weights' gradients are no longer summed."""
+    module.parallelize._sum_shared_gradients = lambda model, axis, config: None
+
+
+def forget_the_halo(module: Any) -> None:
+    """Convolutions see zeros before a cut."""
+    module.parallelize.give_halo = lambda conv, inputs, axis: give_nothing(conv, inputs)
+
+
+def give_nothing(conv: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Rows without what was before them."""
+    x_btc, documents = inputs[:2]
+    rows = x_btc[0].unflatten(0, (documents.samples, -1))
+    positions = documents.positions_bt.view(documents.samples, -1)
+    return (
+        rows,
+        Documents(positions, documents.length, documents.cu_seqlens),
+        torch.zeros_like(rows[:, 1 - conv.width :]),
+    )
+
+
+def forget_the_past(module: Any) -> None:
+    """Log-linear attention begins with an empty state at every cut."""
+    whole = module.context._initial_buckets
+    module.context._initial_buckets = lambda *args: 0 * whole(*args)
+
+
+def forget_the_decay(module: Any) -> None:
+    """States do not decay over the ranks between their own and the reader's."""
+    whole = module.context._initial_buckets
+    module.context._initial_buckets = lambda states, totals, *others: whole(states, 0 * totals, *others)
+
+
+BREAKS = {
+    ignore_gradients_of_others: Case((1, 1, 2), sequence=False),
+    keep_shared_gradients_apart: Case((1, 1, 2)),
+    forget_the_halo: Case((1, 2, 1)),
+    forget_the_past: Case((1, 2, 1)),
+    forget_the_decay: Case((1, 4, 1), packed=False),
+}
+
+
+def run_broken(rule: Callable[[Any], None], case: Case, folder: Path) -> None:
+    """In every rank: one case with one rule broken."""
+    rule(loglinear.parallel)
+    run_cases([case], folder)
+
+
+def count_bytes(seq_lens: list[int], folder: Path) -> None:
+    """In every rank: bytes given to the network in a training step of one layer, at several lengths."""
+    world = start_world()
+    counts = []
+    for seq_len in seq_lens:
+        tree = Case((1, world.size, 1), "log_linear").config().model_dump()
+        tree["model"] |= {"seq_len": seq_len, "layers": 1}
+        tree["train"] |= {"global_batch": 2, "micro_batch": 2}
+        config = Config.model_validate(tree)
+        mesh = make_mesh(world, config.parallel)
+        model = parallelize(build_model(config.model, seed=0), mesh, config)
+        tokens_bt = torch.randint(2, VOCAB, (2, seq_len))
+        bounds = seq_len * torch.arange(3, dtype=torch.int32)
+        with count_traffic() as traffic:
+            model(*local_batch(tokens_bt, tokens_bt, bounds, mesh)).backward()
+        counts.append(dict(traffic))
+    (folder / f"rank-{world.rank}").write_text(json.dumps(counts))
+    world.close()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.parallel.parity import MESHES, PATTERNS, Case, run_cases, train_cases, train_plainly
+from tests.parallel.parity import (
+    BREAKS,
+    MESHES,
+    PATTERNS,
+    Case,
+    count_bytes,
+    run_broken,
+    run_cases,
+    train_cases,
+    train_plainly,
+)
 from tests.processes import exit_codes, start_ranks
 
 RANKS = [1, 2, 4, 8]
@@ -55,3 +66,22 @@ def test_five_steps_under_every_zero_stage_are_those_of_one_process(tmp_path: Pa
     truths = {pattern: train_plainly(Case((1, 1, 1), pattern)) for pattern in PATTERNS}
     cases = [(case, stage) for case in EVERY_CASE for stage in (1, 2, 3) if case.ranks == ranks]
     run(ranks, train_cases, tmp_path, cases, truths)
+
+
+@pytest.mark.parametrize("rule", BREAKS, ids=lambda rule: rule.__name__)
+def test_a_broken_rule_is_seen(tmp_path: Path, rule: Callable[[Any], None]) -> None:
+    case = BREAKS[rule]
+    codes = exit_codes(start_ranks(case.ranks, run_broken, rule, case, tmp_path, log=tmp_path / "log"))
+    assert codes == [0] * case.ranks, (tmp_path / "log").read_text()
+    assert any(file.read_text() for file in tmp_path.glob("rank-*")), "nothing differs without it"
+
+
+def test_what_context_ranks_send_does_not_grow_with_the_sequence(tmp_path: Path) -> None:
+    """One state, one halo and one decay a head and rank, there and back; float32."""
+    ranks = 4
+    assert exit_codes(start_ranks(ranks, count_bytes, [256, 1024, 4096], tmp_path)) == [0] * ranks
+    samples, heads, state, width = 2, 4, 8 * 8, 4
+    channels = 2 * 8 + 4 * 8  # keys and queries of one group, values of all heads
+    whole = 4 * ranks * samples * (heads * (state + 1) + (width - 1) * channels)
+    for file in tmp_path.glob("rank-*"):
+        assert json.loads(file.read_text()) == [{"context": 2 * whole * (ranks - 1) // ranks}] * 3

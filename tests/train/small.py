@@ -42,7 +42,7 @@ def small_config(run_dir: Path, data: DataConfig, **changes: Any) -> Config:
         "checkpoint": {"every": 4},
     }
     for section, settings in changes.items():
-        tree[section] = tree[section] | settings
+        tree[section] = tree.get(section, {}) | settings
     return Config.model_validate(tree)
 
 

@@ -147,8 +147,64 @@ def test_ranks_that_do_not_divide_the_batch_are_named() -> None:
 
 
 def test_the_table_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan(1234567, 890, 4096, 2, {"weights": 2**30, "activations": 2**29})
+    plan = Plan(1234567, 890, 4096, 2, {"weights": 2**30, "activations": 2**29}, {"tensor": 3 * 2**30})
     print_plan(plan)
     shown = capsys.readouterr().out
-    for text in ("1,234,567", "890", "4,096", "weights, per rank", "1.000 GiB", "0.500 GiB", "1.500 GiB"):
+    for text in ("1,234,567", "890", "4,096", "weights, per rank", "1.000 GiB", "0.500 GiB", "1.500 GiB", "3.000 GiB"):
         assert text in shown
+
+
+def over(tensor: int, context: int, stage: int = 1, **changes: Any) -> Config:
+    tree = config_of(PATTERNS["log_linear"], zero_stage=stage).model_dump()
+    tree["model"]["log_linear"] |= {"heads": 4}
+    tree["parallel"] = {"tensor": tensor, "context": context, "sequence": False}
+    return Config.model_validate(tree)
+
+
+def test_tensor_ranks_hold_their_part_of_the_cut_parameters() -> None:
+    alone, halved = make_plan(over(1, 1), 1), make_plan(over(2, 1), 2)
+    assert halved.parameters == alone.parameters
+    assert halved.flops_per_token == alone.flops_per_token
+    assert 0.5 < halved.memory["weights"] / alone.memory["weights"] < 0.55, "all but norms and small maps are cut"
+
+
+def test_context_ranks_hold_their_part_of_the_activations_and_share_the_optimizer() -> None:
+    alone, halved = make_plan(over(1, 1), 1), make_plan(over(1, 2), 2)
+    assert halved.memory["weights"] == alone.memory["weights"]
+    assert halved.memory["optimizer"] == alone.memory["optimizer"] / 2
+    assert halved.memory["activations"] / alone.memory["activations"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_traffic_of_tensor_ranks_by_hand() -> None:
+    """Four sums of the residual stream a layer, one behind the embedding and one before the head, twice a ring."""
+    config = over(4, 1)
+    plan = make_plan(config, 4)
+    model, train = config.model, config.train
+    stream = train.micro_batch * model.seq_len * model.dim * 4
+    sums = plan.micro_batches * (4 * model.layers + 2) * 2 * stream * 3 // 4
+    assert plan.traffic["tensor"] == pytest.approx(sums, rel=0.05)
+    assert plan.traffic["tensor"] > sums, "the loss and shared weights come on top"
+
+
+@pytest.mark.parametrize(("stage", "times"), [(1, 2), (2, 2), (3, 3)])
+def test_traffic_of_replicas_by_hand(stage: int, times: int) -> None:
+    plan = make_plan(over(1, 1, stage), 2)
+    assert plan.traffic == {"replicas": times * 4 * plan.parameters // 2}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"tensor": 3}, r"model.mlp_dim|model.vocab_size|heads"),
+        ({"context": 7}, r"model.seq_len \(\d+\) must be a multiple of parallel.context \(7\)"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(parallel: dict[str, int], message: str) -> None:
+    tree = over(1, 1).model_dump() | {"parallel": parallel}
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(tree)
+
+
+def test_ranks_that_do_not_fit_the_mesh_are_named() -> None:
+    with pytest.raises(UserError, match=r"6 ranks do not divide into groups of parallel.context \(2\) x .* \(2\)"):
+        make_plan(over(2, 2), 6)
