@@ -61,7 +61,7 @@ def rectangles(block: Block, start: int, numel: int) -> Iterator[Rectangle]:
 
 
 def view(flat: torch.Tensor, rectangle: Rectangle, wanted: Block) -> torch.Tensor:
-    """The elements of `wanted`, which lies inside the rectangle, as a matrix: a view of the flat range."""
+    """The elements of `wanted`, inside the rectangle: a view [rows, columns] of the flat range [elements]."""
     block, offset = rectangle
     matrix = flat[offset : offset + block.rows * block.columns].view(block.rows, block.columns)
     row, column = wanted.row - block.row, wanted.column - block.column

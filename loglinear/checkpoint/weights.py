@@ -17,7 +17,7 @@ from loglinear.checkpoint.zero import WEIGHT
 from loglinear.errors import UserError
 from loglinear.parallel.shard import Shard, shard_of
 
-READ_AT_ONCE = 1 << 22  # elements
+READ_AT_ONCE = 1 << 20  # elements
 
 
 class PieceReader:

@@ -65,7 +65,7 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """x in fp32, or in float64 if it is that already."""
+    """x [...] in fp32, or in float64 if it is that already."""
     return x.to(compute_dtype(x))
 
 

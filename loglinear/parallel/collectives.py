@@ -21,22 +21,22 @@ _traffic: ContextVar[Counter[str] | None] = ContextVar("traffic", default=None)
 
 
 def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """x, which all ranks of the axis hold alike; the gradient is the sum of theirs."""
+    """x [...], which all ranks of the axis hold alike; the gradient is the sum of theirs."""
     return x if axis.size == 1 else _Copy.apply(x, axis)
 
 
 def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum of all ranks' x; transpose of `copy_to`."""
+    """The sum of all ranks' x [...]; transpose of `copy_to`."""
     return x if axis.size == 1 else _Sum.apply(x, axis)
 
 
 def gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
-    """All ranks' x side by side along `dim`; the gradient is summed, and each takes its own part."""
+    """All ranks' x [..., n, ...] along `dim` as [..., ranks n, ...]; of the summed gradient each takes its part."""
     return x if axis.size == 1 else _Gather.apply(x, axis, dim)
 
 
 def sum_and_scatter(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
-    """This rank's part along `dim` of the sum of all ranks' x; transpose of `gather`."""
+    """This rank's part [..., n, ...] of the sum of all ranks' x [..., ranks n, ...]; transpose of `gather`."""
     return x if axis.size == 1 else _SumAndScatter.apply(x, axis, dim)
 
 
@@ -104,7 +104,7 @@ def _count(whole: torch.Tensor, axis: Axis, times: int) -> None:
 
 
 def all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """A new tensor with `op` over all ranks' x, the same bits on all."""
+    """A new tensor with `op` over all ranks' x [...], the same bits on all."""
     total = x.clone(memory_format=torch.contiguous_format)
     _count(total, axis, times=2)
     if not total.is_meta:
@@ -113,7 +113,7 @@ def all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> torc
 
 
 def all_gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
-    """A new tensor with all ranks' x side by side along `dim`."""
+    """A new tensor [..., ranks n, ...] of all ranks' x [..., n, ...] side by side along `dim`."""
     own = x.movedim(dim, 0).contiguous()
     whole = own.new_empty(axis.size * own.shape[0], *own.shape[1:])
     _count(whole, axis, times=1)
@@ -123,7 +123,7 @@ def all_gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
-    """A new tensor with this rank's part along `dim` of the sum of all ranks' x; it must divide evenly."""
+    """A new tensor [..., n, ...], this rank's part along `dim` of the sum of all ranks' x [..., ranks n, ...]."""
     whole = x.movedim(dim, 0).contiguous()
     own = whole.new_empty(whole.shape[0] // axis.size, *whole.shape[1:])
     _count(whole, axis, times=1)

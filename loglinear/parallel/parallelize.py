@@ -61,16 +61,16 @@ class Stream:
         self._is_cut = False
 
     def start(self, partial_btd: torch.Tensor) -> torch.Tensor:
-        """The stream from each rank's part of the embedding's sum; without gradients (decoding) it stays whole."""
+        """The stream from a rank's part of the embedding's sum [B, T, D]; without gradients (decoding) it stays whole."""
         self._is_cut = self._sequence and torch.is_grad_enabled()
         return self.leave(partial_btd)
 
     def enter(self, x_btd: torch.Tensor) -> torch.Tensor:
-        """All tokens, from what this rank holds of the stream."""
+        """All tokens [B, T, D], from what this rank holds of the stream."""
         return gather(x_btd, self._axis, TIME) if self._is_cut else copy_to(x_btd, self._axis)
 
     def leave(self, partial_btd: torch.Tensor) -> torch.Tensor:
-        """What this rank holds of the sum of all ranks' outputs."""
+        """What this rank holds of the sum of all ranks' outputs [B, T, D]."""
         if self._is_cut:
             return sum_and_scatter(partial_btd, self._axis, TIME)
         return sum_over(partial_btd, self._axis)
@@ -114,7 +114,7 @@ class OwnGroups(nn.Module):
         self._core, self._group = core, slice(group, group + 1)
 
     def forward(self, memory: Any, q_btgn: torch.Tensor, k_btgn: torch.Tensor, *others: Any) -> Any:
-        """As the core's."""
+        """As in `LogLinearCore.forward`."""
         return self._core(memory, q_btgn[:, :, self._group], k_btgn[:, :, self._group], *others)
 
 

@@ -96,7 +96,7 @@ def placement_of(name: str, plan: dict[str, Placement]) -> Placement:
 
 
 def shard_of(parameter: torch.Tensor) -> Shard:
-    """The part of its whole that a parameter is; the whole, if it is not cut."""
+    """The part of its whole [rows, ...] that a parameter is; the whole, if it is not cut."""
     whole = tuple(getattr(parameter, "ds_shape", parameter.shape))
     return getattr(parameter, "shard", Shard(whole, 0, 0, whole[0]))
 

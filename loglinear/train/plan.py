@@ -135,7 +135,7 @@ def _activation_memory(model: LanguageModel, tokens_bt: torch.Tensor, documents:
         return kept
     # Once the head's are spent, a block's activations come back beside its input and those of all blocks before it.
     x_btd = model.embedding(tokens_bt if documents is None else tokens_bt.view(1, -1))
-    documents = documents or Documents.rows(*tokens_bt.shape, 0, x_btd.device)
+    documents = documents or Documents.rows(len(tokens_bt), tokens_bt.shape[1], 0, x_btd.device)
     blocks = [_saved_bytes(lambda block=block: block(x_btd, documents), [*weights, x_btd]) for block in model.blocks]
     recomputed = max(number * x_btd.nbytes + block for number, block in enumerate(blocks, 1))
     return max(kept, tokens_bt.nbytes + recomputed)

@@ -98,7 +98,7 @@ def test_a_range_of_a_block_is_at_most_three_rectangles(block: Block, data: st.D
 def test_loading_takes_little_more_memory_than_a_ranks_own_part(prepared: DataConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     large = {"dim": 512, "mlp_dim": 2048, "layers": 6, "log_linear": {"heads": 8}, "softmax": {"heads": 8}}
-    config = small_config(folder, prepared, model=large, train={"steps": 1}, parallel={"tensor": 2})
+    config = small_config(folder, prepared, model=large, train={"steps": 2}, parallel={"tensor": 2})
     assert exit_codes(start_ranks(2, train, config)) == [0, 0]
     assert exit_codes(start_ranks(2, load_and_watch, config, tmp_path)) == [0, 0]
     for file in tmp_path.glob("memory-*"):
@@ -112,6 +112,7 @@ def load_and_watch(config: Config, folder: Path) -> None:
     world = start_world()
     mesh = make_mesh(world, config.parallel)
     snapshot = read_latest(config.run.folder / "checkpoints")
+    parallel_model(mesh, config, fresh=False)  # torch imports much for its first tensors without data
     before, peak, done = anonymous_memory(), [0], threading.Event()
 
     def watch() -> None:

@@ -154,7 +154,7 @@ def test_the_table_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in shown
 
 
-def over(tensor: int, context: int, stage: int = 1, **changes: Any) -> Config:
+def over(tensor: int, context: int, stage: int = 1) -> Config:
     tree = config_of(PATTERNS["log_linear"], zero_stage=stage).model_dump()
     tree["model"]["log_linear"] |= {"heads": 4}
     tree["parallel"] = {"tensor": tensor, "context": context, "sequence": False}
@@ -171,17 +171,17 @@ def test_tensor_ranks_hold_their_part_of_the_cut_parameters() -> None:
 def test_context_ranks_hold_their_part_of_the_activations_and_share_the_optimizer() -> None:
     alone, halved = make_plan(over(1, 1), 1), make_plan(over(1, 2), 2)
     assert halved.memory["weights"] == alone.memory["weights"]
-    assert halved.memory["optimizer"] == alone.memory["optimizer"] / 2
-    assert halved.memory["activations"] / alone.memory["activations"] == pytest.approx(0.5, abs=0.1)
+    assert halved.memory["optimizer"] == pytest.approx(alone.memory["optimizer"] / 2, abs=12)
+    assert 0.5 <= halved.memory["activations"] / alone.memory["activations"] < 0.7, "half, and what is received"
 
 
 def test_traffic_of_tensor_ranks_by_hand() -> None:
     """Four sums of the residual stream a layer, one behind the embedding and one before the head, twice a ring."""
-    config = over(4, 1)
-    plan = make_plan(config, 4)
+    config = over(2, 1)
+    plan = make_plan(config, 2)
     model, train = config.model, config.train
     stream = train.micro_batch * model.seq_len * model.dim * 4
-    sums = plan.micro_batches * (4 * model.layers + 2) * 2 * stream * 3 // 4
+    sums = plan.micro_batches * (4 * model.layers + 2) * 2 * stream * 1 // 2
     assert plan.traffic["tensor"] == pytest.approx(sums, rel=0.05)
     assert plan.traffic["tensor"] > sums, "the loss and shared weights come on top"
 
