@@ -1,0 +1,47 @@
+"""Sizes of a call, and the block shapes that follow from them. Fixed, so that all ranks agree and nothing is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SIZES = (16, 32, 64, 128, 256)  # of keys and of values
+ENOUGH_PROGRAMS = 500  # several for each multiprocessor of a large GPU
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Heads, groups, state (key) and value sizes of a call."""
+
+    heads: int
+    groups: int
+    state: int
+    value: int
+    dtype: torch.dtype
+
+    @property
+    def per_group(self) -> int:
+        """Value heads that share a query and a key."""
+        return self.heads // self.groups
+
+    @property
+    def flat(self) -> int:
+        """Numbers in a state."""
+        return self.state * self.value
+
+    @property
+    def flat_block(self) -> int:
+        """Numbers of a state that a program handles at once."""
+        return min(self.flat, 8192)
+
+    @property
+    def precision(self) -> str:
+        """How fp32 products run on tensor cores; three tf32 products keep fp32's accuracy."""
+        return "tf32x3" if self.dtype == torch.float32 else "tf32"
+
+    def heads_at_once(self, rows: int, limit: int) -> int:
+        """Heads of a group that one program handles, so that there are enough programs."""
+        fitting = [n for n in range(1, limit + 1) if self.per_group % n == 0]
+        busy = [n for n in fitting if rows * self.heads // n >= ENOUGH_PROGRAMS]
+        return max(busy, default=1)

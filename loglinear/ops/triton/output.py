@@ -1,0 +1,119 @@
+"""The output: what each query reads within its chunk and from the states of runs.
+
+A chunk is two halves. Within a half every pair has a level of its own; the second half reads the first at one level.
+Both are blocks [all slots, one half], which a program lays over each other: the two diagonal blocks make one tile.
+
+Shapes: c chunk (row of the tables), t slot of a query, s slot of a key within its half, h value head,
+g query/key group, n state (key) size, p value head size, l level, x run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from loglinear.ops.triton.common import HALF, LEVELS_IN_HALF, gap, level_weights, row_tokens
+from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.tables import CHUNK, Tables
+
+
+def outputs(
+    q_tgn: torch.Tensor,
+    k_tgn: torch.Tensor,
+    v_thp: torch.Tensor,
+    scales_chlt: torch.Tensor | None,
+    decay_cht: torch.Tensor,
+    boundary_xh: torch.Tensor,
+    states_xhnp: torch.Tensor,
+    scale: float,
+    tables: Tables,
+    sizes: Sizes,
+) -> torch.Tensor:
+    """o [tokens, H, P] in v's dtype."""
+    o_thp = torch.empty_like(v_thp)
+    levels = 0 if scales_chlt is None else scales_chlt.shape[2]
+    block_p = min(sizes.value, 64)
+    at_once = sizes.heads_at_once(tables.rows, 8)
+    grid = (tables.rows, sizes.heads // at_once, sizes.value // block_p)
+    _outputs[grid](
+        q_tgn, k_tgn, v_thp, o_thp, scales_chlt, decay_cht, boundary_xh, states_xhnp,
+        tables.row_token, tables.row_slots, tables.read_start, tables.read, scale, levels,
+        H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK, HALF=HALF,
+        BLOCK_P=block_p, AT_ONCE=at_once, LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision,
+        num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return o_thp
+
+
+@triton.jit
+def _outputs(
+    q_ptr, k_ptr, v_ptr, o_ptr, scales_ptr, decay_ptr, boundary_ptr, states_ptr,
+    row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    first_head = tl.program_id(1) * AT_ONCE
+    t, s, n = tl.arange(0, CHUNK), tl.arange(0, HALF), tl.arange(0, N)
+    p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    token0_s, valid0_s = row_tokens(row_token_ptr, row_slots_ptr, row, s)
+    token1_s, valid1_s = row_tokens(row_token_ptr, row_slots_ptr, row, s + HALF)
+    groups: tl.constexpr = H // R
+    group = first_head // R
+    q_tn = tl.load(
+        q_ptr + (token_t[:, None] * groups + group) * N + n[None, :], mask=valid_t[:, None], other=0.0
+    )
+    k0_sn = tl.load(
+        k_ptr + (token0_s[:, None] * groups + group) * N + n[None, :], mask=valid0_s[:, None], other=0.0
+    )
+    k1_sn = tl.load(
+        k_ptr + (token1_s[:, None] * groups + group) * N + n[None, :], mask=valid1_s[:, None], other=0.0
+    )
+    scores0_ts = tl.dot(q_tn, tl.trans(k0_sn), input_precision=PRECISION)
+    scores1_ts = tl.dot(q_tn, tl.trans(k1_sn), input_precision=PRECISION)
+    is_first_t = t < HALF
+    own_scores_ts = tl.where(is_first_t[:, None], scores0_ts, scores1_ts)
+    t_in_half = t % HALF
+    causal_ts = t_in_half[:, None] >= s[None, :]
+    distance_ts = t_in_half[:, None] ^ s[None, :]
+    read_from, read_to = tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)
+
+    for head in range(first_head, first_head + AT_ONCE):
+        of_row = row.to(tl.int64) * H + head
+        decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
+        decay0_s = tl.load(decay_ptr + of_row * CHUNK + s)
+        decay1_s = tl.load(decay_ptr + of_row * CHUNK + HALF + s)
+        own_decay_ts = tl.where(is_first_t[:, None], decay0_s[None, :], decay1_s[None, :])
+        own_ts = own_scores_ts * tl.exp2(
+            tl.where(causal_ts, decay_t[:, None] - own_decay_ts, float("-inf"))
+        )
+        before_t = tl.where(is_first_t, float("-inf"), decay_t)
+        before_ts = scores0_ts * tl.exp2(before_t[:, None] - decay0_s[None, :])
+        scales_row_ptr = scales_ptr + of_row * L * CHUNK if LEVELS else scales_ptr
+        if LEVELS:
+            own_ts *= level_weights(scales_row_ptr, CHUNK, t, distance_ts, LEVELS)
+            scale_t = tl.load(scales_row_ptr + tl.minimum(L - 1, LEVELS) * CHUNK + t)
+            before_ts *= scale_t.to(tl.float32)[:, None]
+        v0_sp = tl.load(
+            v_ptr + (token0_s[:, None] * H + head) * P + p[None, :], mask=valid0_s[:, None], other=0.0
+        )
+        v1_sp = tl.load(
+            v_ptr + (token1_s[:, None] * H + head) * P + p[None, :], mask=valid1_s[:, None], other=0.0
+        )
+        weights0_ts = tl.where(is_first_t[:, None], own_ts, before_ts).to(v0_sp.dtype)
+        weights1_ts = tl.where(is_first_t[:, None], 0.0, own_ts).to(v0_sp.dtype)
+        o_tp = tl.dot(weights0_ts, v0_sp, input_precision=PRECISION)
+        o_tp = tl.dot(weights1_ts, v1_sp, o_tp, input_precision=PRECISION)
+
+        for read in range(read_from, read_to):
+            run = tl.load(read_ptr + 4 * read).to(tl.int64)
+            since, level = tl.load(read_ptr + 4 * read + 1), tl.load(read_ptr + 4 * read + 2)
+            state_np = tl.load(states_ptr + ((run * H + head) * N + n[:, None]) * P + p[None, :])
+            weight_t = tl.exp2(decay_t + gap(boundary_ptr, since, row, head, H))
+            if LEVELS:
+                weight_t *= tl.load(scales_row_ptr + level * CHUNK + t).to(tl.float32)
+            o_tp += weight_t[:, None] * tl.dot(q_tn, state_np, input_precision=PRECISION)
+        o_at = (token_t[:, None] * H + head) * P + p[None, :]
+        tl.store(o_ptr + o_at, (o_tp * scale).to(v0_sp.dtype), mask=valid_t[:, None])

@@ -1,0 +1,99 @@
+"""Gradients of what queries read from the states of runs: with respect to q, level scales and decays.
+
+Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n state (key) size, p value head size,
+l level, x run, e height of a run, w part of a sum over heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from loglinear.ops.triton.common import gap, row_tokens
+from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.tables import CHUNK, Tables
+
+
+def query_gradients(
+    q_tgn: torch.Tensor,
+    do_thp: torch.Tensor,
+    scales_chlt: torch.Tensor | None,
+    decay_cht: torch.Tensor,
+    boundary_xh: torch.Tensor,
+    states_xhnp: torch.Tensor,
+    dscales_chlt: torch.Tensor | None,
+    scale: float,
+    tables: Tables,
+    sizes: Sizes,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the reads of states add to the gradients; fills in their levels of `dscales_chlt`.
+
+    Returns:
+        dq_wtgn, parts of dq, fp32.
+        ddecay_cht, how the loss depends on the decay up to each query.
+        dreads_ech, its sum over the slots of a row, of the read of a run of height e; zero without one.
+    """
+    at_once = sizes.heads_at_once(tables.rows, 32)
+    parts = sizes.per_group // at_once
+    dq_wtgn = q_tgn.new_empty(parts, *q_tgn.shape, dtype=torch.float32)
+    ddecay_cht = torch.empty_like(decay_cht)
+    dreads_ech = decay_cht.new_zeros(tables.top + 1, tables.rows, sizes.heads)
+    _query_gradients[(tables.rows, sizes.heads // at_once)](
+        q_tgn, do_thp, scales_chlt, decay_cht, boundary_xh, states_xhnp, dq_wtgn, dscales_chlt, ddecay_cht,
+        dreads_ech, tables.row_token, tables.row_slots, tables.read_start, tables.read,
+        scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows,
+        H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
+        BLOCK_P=min(sizes.value, 128), AT_ONCE=at_once, SCALED=scales_chlt is not None,
+        PRECISION=sizes.precision, num_warps=16 if sizes.state == 256 else 8, num_stages=2,
+    )  # fmt: skip
+    return dq_wtgn, ddecay_cht, dreads_ech
+
+
+@triton.jit
+def _query_gradients(
+    q_ptr, do_ptr, scales_ptr, decay_ptr, boundary_ptr, states_ptr, dq_ptr, dscales_ptr, ddecay_ptr,
+    dreads_ptr, row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L, tokens, rows,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    first_head = tl.program_id(1) * AT_ONCE
+    group = first_head // R
+    t, n, p = tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, BLOCK_P)
+    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    q_at = (token_t[:, None] * (H // R) + group) * N + n[None, :]
+    q_tn = tl.load(q_ptr + q_at, mask=valid_t[:, None], other=0.0)
+    read_from, read_to = tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)
+    dq_tn = tl.zeros([CHUNK, N], tl.float32)
+    for head in range(first_head, first_head + AT_ONCE):
+        of_row = row.to(tl.int64) * H + head
+        decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
+        ddecay_t = tl.zeros([CHUNK], tl.float32)
+        do_at = do_ptr + (token_t[:, None] * H + head) * P + p[None, :]
+        do_tp = tl.load(do_at, mask=valid_t[:, None], other=0.0)
+        for read in range(read_from, read_to):
+            run = tl.load(read_ptr + 4 * read).to(tl.int64)
+            since, level = tl.load(read_ptr + 4 * read + 1), tl.load(read_ptr + 4 * read + 2)
+            height = tl.load(read_ptr + 4 * read + 3).to(tl.int64)
+            state_at = states_ptr + ((run * H + head) * N + n[:, None]) * P + p[None, :]
+            dread_tn = tl.dot(do_tp, tl.trans(tl.load(state_at)), input_precision=PRECISION)
+            for block in tl.static_range(BLOCK_P, P, BLOCK_P):
+                do_more_tp = tl.load(do_at + block, mask=valid_t[:, None], other=0.0)
+                state_pn = tl.trans(tl.load(state_at + block))
+                dread_tn = tl.dot(do_more_tp, state_pn, dread_tn, input_precision=PRECISION)
+            weight_t = scale * tl.exp2(decay_t + gap(boundary_ptr, since, row, head, H))
+            dscale_t = weight_t * tl.sum(dread_tn * q_tn.to(tl.float32), 1)
+            if SCALED:
+                scales_at = (of_row * L + level) * CHUNK + t
+                tl.store(dscales_ptr + scales_at, dscale_t.to(dscales_ptr.dtype.element_ty))
+                scale_t = tl.load(scales_ptr + scales_at).to(tl.float32)
+                weight_t *= scale_t
+                dscale_t *= scale_t
+            dq_tn += weight_t[:, None] * dread_tn
+            ddecay_t += dscale_t
+            tl.store(dreads_ptr + (height * rows + row) * H + head, tl.sum(dscale_t, 0))
+        tl.store(ddecay_ptr + of_row * CHUNK + t, ddecay_t)
+    part = tl.program_id(1) % (R // AT_ONCE)
+    dq_ptr += part.to(tl.int64) * tokens * (H // R) * N
+    tl.store(dq_ptr + q_at, dq_tn, mask=valid_t[:, None])

@@ -1,0 +1,81 @@
+"""States of chunks and of runs of chunks: the up-sweep of a binary tree.
+
+Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n state (key) size, p value head size,
+x run, f a matrix [n, p] as one vector.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from loglinear.ops.triton.common import gap, row_tokens
+from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.tables import CHUNK, Tables
+
+
+def run_states(
+    k_tgn: torch.Tensor,
+    v_thp: torch.Tensor,
+    decay_cht: torch.Tensor,
+    boundary_xh: torch.Tensor,
+    tables: Tables,
+    sizes: Sizes,
+) -> torch.Tensor:
+    """States of all runs, each decayed to its end, in v's dtype: [runs, H, N, P]."""
+    states_xhnp = v_thp.new_empty(tables.runs, sizes.heads, sizes.state, sizes.value)
+    block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
+    grid = (tables.rows, sizes.heads, sizes.state // block_n * (sizes.value // block_p))
+    _chunk_states[grid](
+        k_tgn, v_thp, decay_cht, states_xhnp, tables.row_token, tables.row_slots,
+        H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
+        BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=4,
+    )  # fmt: skip
+    block = sizes.flat_block
+    for runs in tables.heights:
+        _merge[(runs.stop - runs.start, sizes.heads, sizes.flat // block)](
+            states_xhnp, boundary_xh, tables.merge, runs.start, tables.rows,
+            H=sizes.heads, F=sizes.flat, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return states_xhnp
+
+
+@triton.jit
+def _chunk_states(
+    k_ptr, v_ptr, decay_ptr, states_ptr, row_token_ptr, row_slots_ptr,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    t = tl.arange(0, CHUNK)
+    n = tl.program_id(2) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
+    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    k_at = (token_t[:, None] * (H // R) + head // R) * N + n[None, :]
+    k_tn = tl.load(k_ptr + k_at, mask=valid_t[:, None], other=0.0)
+    v_at = (token_t[:, None] * H + head) * P + p[None, :]
+    v_tp = tl.load(v_ptr + v_at, mask=valid_t[:, None], other=0.0)
+    decay_ptr += (row.to(tl.int64) * H + head) * CHUNK
+    to_end_t = tl.exp2(tl.load(decay_ptr + CHUNK - 1) - tl.load(decay_ptr + t))
+    weighted_tp = (v_tp * to_end_t[:, None]).to(v_tp.dtype)
+    state_np = tl.dot(tl.trans(k_tn), weighted_tp, input_precision=PRECISION)
+    states_ptr += (row.to(tl.int64) * H + head) * N * P
+    tl.store(states_ptr + n[:, None] * P + p[None, :], state_np.to(v_tp.dtype))
+
+
+@triton.jit
+def _merge(
+    states_ptr, boundary_ptr, merge_ptr, first, rows,
+    H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    merge, head = first + tl.program_id(0), tl.program_id(1)
+    f = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(merge_ptr + 4 * merge)
+    right = tl.load(merge_ptr + 4 * merge + 1).to(tl.int64)
+    since, until = tl.load(merge_ptr + 4 * merge + 2), tl.load(merge_ptr + 4 * merge + 3)
+    left_f = tl.load(states_ptr + (left.to(tl.int64) * H + head) * F + f, mask=left + 0 * f >= 0, other=0.0)
+    right_f = tl.load(states_ptr + (right * H + head) * F + f)
+    merged_f = right_f + left_f.to(tl.float32) * tl.exp2(gap(boundary_ptr, since, until, head, H))
+    out = (merge + rows).to(tl.int64) * H + head
+    tl.store(states_ptr + out * F + f, merged_f.to(right_f.dtype))

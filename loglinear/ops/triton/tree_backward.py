@@ -1,0 +1,137 @@
+"""Gradients of the states: gathered from the rows that read them, then brought down the tree.
+
+A left half's state also shows how the loss depends on the decay over the right half: <its share of the parent's
+gradient, its state>. Those products go to `spans`; sums of positive and negative parts of one long scan would not do.
+
+Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n state (key) size, p value head size,
+x run, y piece, f a matrix [n, p] as one vector.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from loglinear.ops.triton.common import gap, row_tokens
+from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.tables import CHUNK, Tables
+
+
+def piece_gradients(
+    q_tgn: torch.Tensor,
+    do_thp: torch.Tensor,
+    scales_chlt: torch.Tensor | None,
+    decay_cht: torch.Tensor,
+    boundary_xh: torch.Tensor,
+    scale: float,
+    tables: Tables,
+    sizes: Sizes,
+) -> torch.Tensor:
+    """Gradients of the states of runs from the readers in each piece: [pieces, H, N, P]."""
+    dpieces_yhnp = do_thp.new_empty(tables.pieces, sizes.heads, sizes.state, sizes.value)
+    block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
+    grid = (sizes.heads, tables.pieces, sizes.state // block_n * (sizes.value // block_p))
+    if tables.pieces:
+        _piece_gradients[grid](
+            q_tgn, do_thp, scales_chlt, decay_cht, boundary_xh, dpieces_yhnp,
+            tables.row_token, tables.row_slots, tables.piece, scale,
+            0 if scales_chlt is None else scales_chlt.shape[2],
+            H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
+            BLOCK_N=block_n, BLOCK_P=block_p, SCALED=scales_chlt is not None, PRECISION=sizes.precision,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return dpieces_yhnp
+
+
+@triton.jit
+def _piece_gradients(
+    q_ptr, do_ptr, scales_ptr, decay_ptr, boundary_ptr, dpieces_ptr,
+    row_token_ptr, row_slots_ptr, piece_ptr, scale, L,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t = tl.arange(0, CHUNK)
+    n = tl.program_id(2) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
+    piece_ptr += 5 * piece
+    since, level, out = tl.load(piece_ptr + 2), tl.load(piece_ptr + 3), tl.load(piece_ptr + 4)
+    dstate_np = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    for row in range(tl.load(piece_ptr), tl.load(piece_ptr + 1)):
+        token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+        q_at = (token_t[:, None] * (H // R) + head // R) * N + n[None, :]
+        q_tn = tl.load(q_ptr + q_at, mask=valid_t[:, None], other=0.0)
+        do_at = (token_t[:, None] * H + head) * P + p[None, :]
+        do_tp = tl.load(do_ptr + do_at, mask=valid_t[:, None], other=0.0)
+        of_row = row * H + head
+        weight_t = tl.exp2(tl.load(decay_ptr + of_row * CHUNK + t) + gap(boundary_ptr, since, row, head, H))
+        if SCALED:
+            weight_t *= tl.load(scales_ptr + (of_row * L + level) * CHUNK + t).to(tl.float32)
+        weighted_tp = (do_tp * (weight_t * scale)[:, None]).to(do_tp.dtype)
+        dstate_np = tl.dot(tl.trans(q_tn), weighted_tp, dstate_np, input_precision=PRECISION)
+    dpieces_ptr += (out * H + head) * N * P
+    tl.store(dpieces_ptr + n[:, None] * P + p[None, :], dstate_np.to(dpieces_ptr.dtype.element_ty))
+
+
+def run_gradients(
+    dpieces_yhnp: torch.Tensor,
+    states_xhnp: torch.Tensor,
+    boundary_xh: torch.Tensor,
+    spans_xh: torch.Tensor,
+    tables: Tables,
+    sizes: Sizes,
+) -> torch.Tensor:
+    """Gradients of the states of all runs of more than one chunk, from the top down: [runs - rows, H, N, P].
+
+    Fills in `spans_xh` for these runs.
+    """
+    druns_xhnp = states_xhnp.new_empty(tables.runs - tables.rows, sizes.heads, sizes.state, sizes.value)
+    for runs in reversed(tables.heights):
+        _run_gradients[(runs.stop - runs.start, sizes.heads)](
+            dpieces_yhnp, states_xhnp, druns_xhnp, boundary_xh, spans_xh, tables.run,
+            runs.start + tables.rows, tables.rows,
+            H=sizes.heads, F=sizes.flat, BLOCK=sizes.flat_block, num_warps=8,
+        )  # fmt: skip
+    return druns_xhnp
+
+
+@triton.jit
+def run_gradient(dpieces_ptr, druns_ptr, run_ptr, rows, decay, head, f, H: tl.constexpr, F: tl.constexpr):
+    """A run's gradient, and its parent's share of it, at the positions `f` of a state; `run_ptr` is its entry."""
+    parent = tl.load(run_ptr)
+    at_parent = ((parent - rows).to(tl.int64) * H + head) * F + f
+    share_f = decay * tl.load(druns_ptr + at_parent, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
+    gradient_f = share_f
+    for piece in range(tl.load(run_ptr + 4), tl.load(run_ptr + 5)):
+        gradient_f += tl.load(dpieces_ptr + (tl.cast(piece, tl.int64) * H + head) * F + f).to(tl.float32)
+    return gradient_f, share_f
+
+
+@triton.jit
+def decay_in_parent(boundary_ptr, run_ptr, head, H: tl.constexpr):
+    """The decay from a run's end to its parent's."""
+    return tl.exp2(gap(boundary_ptr, tl.load(run_ptr + 1), tl.load(run_ptr + 2), head, H))
+
+
+@triton.jit
+def _run_gradients(
+    dpieces_ptr, states_ptr, druns_ptr, boundary_ptr, spans_ptr, run_ptr, first, rows,
+    H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    run, head = first + tl.program_id(0), tl.program_id(1)
+    run_ptr += 6 * run
+    decay = decay_in_parent(boundary_ptr, run_ptr, head, H)
+    is_left = tl.load(run_ptr + 3)
+    span = tl.zeros([], tl.float32)
+    for start in range(0, F, BLOCK):
+        f = start + tl.arange(0, BLOCK)
+        gradient_f, share_f = run_gradient(dpieces_ptr, druns_ptr, run_ptr, rows, decay, head, f, H, F)
+        tl.store(
+            druns_ptr + ((run - rows).to(tl.int64) * H + head) * F + f,
+            gradient_f.to(druns_ptr.dtype.element_ty),
+        )
+        state_at = states_ptr + (run.to(tl.int64) * H + head) * F + f
+        state_f = tl.load(state_at, mask=is_left + 0 * f > 0, other=0.0).to(tl.float32)
+        span += tl.sum(share_f * state_f, 0)
+    tl.store(spans_ptr + run.to(tl.int64) * H + head, span)
