@@ -23,18 +23,59 @@ def row_tokens(row_token_ptr, row_slots_ptr, row, t):
 
 
 @triton.jit
-def gap(boundary_ptr, since, until, head, heads):
-    """Log2-decay between two boundaries; float64 inside, so exact at any length."""
-    start = tl.load(boundary_ptr + since * heads + head)
-    return (tl.load(boundary_ptr + until * heads + head) - start).to(tl.float32)
+def load_read(read_ptr, read_gap_ptr, scales_ptr, stride, read, head, t, H: tl.constexpr, SCALED: tl.constexpr):
+    """What weighs a read: the decay from the run's end to the row, and the level's scale for each slot."""
+    gap = tl.load(read_gap_ptr + read * H + head)
+    scale_t = tl.full([t.shape[0]], 1.0, tl.float32)
+    if SCALED:
+        scale_t = tl.load(scales_ptr + tl.load(read_ptr + 3 * read + 1) * stride + t).to(tl.float32)
+    return gap, scale_t
 
 
 @triton.jit
-def level_weights(scales_ptr, stride, t, distance_ts, LEVELS: tl.constexpr):
-    """Level scale of each pair in a block of half a chunk; `distance_ts` is t XOR s, level its bit length."""
-    weight_ts = tl.load(scales_ptr + (LEVELS - 1) * stride + t).to(tl.float32)[:, None]
-    for step in tl.static_range(LEVELS - 1):
-        level: tl.constexpr = LEVELS - 2 - step
-        scale_t = tl.load(scales_ptr + level * stride + t).to(tl.float32)
-        weight_ts = tl.where(distance_ts < (1 << level), scale_t[:, None], weight_ts)
-    return weight_ts
+def _load_scale(scales_ptr, stride, t, level, LEVELS: tl.constexpr):
+    """Scales of one level; of the last one there is for levels that no pair has."""
+    return tl.load(scales_ptr + min(level, LEVELS - 1) * stride + t).to(tl.float32)
+
+
+@triton.jit
+def level_weights(scales_ptr, stride, t, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+    """Level scale of each pair in blocks [slots t, the 64 slots of t's half].
+
+    Of the four groups of 16 keys only a query's own has levels that differ from key to key (0 to 4); another has level
+    5 or 6. So selecting costs one operation a pair instead of one for every level.
+    """
+    s, j = tl.arange(0, 16), tl.arange(0, 4)
+    distance_ts = (t % 16)[:, None] ^ s[None, :]
+    own_ts = _load_scale(scales_ptr, stride, t, 4, LEVELS)[:, None]
+    for step in tl.static_range(4):
+        scale_t = _load_scale(scales_ptr, stride, t, 3 - step, LEVELS)
+        own_ts = tl.where(distance_ts < (1 << (3 - step)), scale_t[:, None], own_ts)
+    group_tj = (t % 64 // 16)[:, None] ^ j[None, :]
+    near_t = _load_scale(scales_ptr, stride, t, 5, LEVELS)
+    far_t = _load_scale(scales_ptr, stride, t, 6, LEVELS)
+    other_tj = tl.where(group_tj == 1, near_t[:, None], far_t[:, None])
+    weight_tjs = tl.where((group_tj == 0)[:, :, None], own_ts[:, None, :], other_tj[:, :, None])
+    return tl.reshape(weight_tjs, [ROWS, 64])
+
+
+@triton.jit
+def _store_sum(ptr, stride, t, level, sum_t, LEVELS: tl.constexpr):
+    if level < LEVELS:
+        tl.store(ptr + level * stride + t, sum_t.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def store_level_sums(ptr, stride, t, pairs_ts, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+    """Sum a block [slots t, the 64 slots of t's half] over the keys of each level, and store the sums."""
+    s, j = tl.arange(0, 16), tl.arange(0, 4)
+    pairs_tjs = tl.reshape(pairs_ts, [ROWS, 4, 16])
+    group_tj = (t % 64 // 16)[:, None] ^ j[None, :]
+    other_tj = tl.sum(pairs_tjs, 2)
+    _store_sum(ptr, stride, t, 5, tl.sum(tl.where(group_tj == 1, other_tj, 0.0), 1), LEVELS)
+    _store_sum(ptr, stride, t, 6, tl.sum(tl.where(group_tj > 1, other_tj, 0.0), 1), LEVELS)
+    own_ts = tl.sum(tl.where((group_tj == 0)[:, :, None], pairs_tjs, 0.0), 1)
+    distance_ts = (t % 16)[:, None] ^ s[None, :]
+    for level in tl.static_range(5):
+        at_level_ts = (distance_ts < (1 << level)) & (distance_ts >= (1 << level) // 2)
+        _store_sum(ptr, stride, t, level, tl.sum(tl.where(at_level_ts, own_ts, 0.0), 1), LEVELS)

@@ -19,7 +19,7 @@ from loglinear.ops.triton.tables import CHUNK, Tables
 
 
 def decay_gradients(
-    ddecay_cht: torch.Tensor,
+    ddecays_cht: list[torch.Tensor],
     dto_end_bcht: torch.Tensor,
     dreads_ech: torch.Tensor,
     spans_xh: torch.Tensor,
@@ -36,7 +36,7 @@ def decay_gradients(
             dreads_ech, later_ech, tables.bucket, tables.rows, heads, BLOCK_ROWS=64, BLOCK=block
         )
     _decay_gradients[(tables.rows, blocks)](
-        ddecay_cht, dto_end_bcht, later_ech, spans_xh, dg_th, tables.row_token, tables.row_slots,
+        *ddecays_cht, dto_end_bcht, later_ech, spans_xh, dg_th, tables.row_token, tables.row_slots,
         tables.read_start, tables.read, tables.rows, heads,
         PARTS=len(dto_end_bcht), CHUNK=CHUNK, BLOCK=block,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def _later_readers(
 
 @triton.jit
 def _decay_gradients(
-    ddecay_ptr, dto_end_ptr, later_ptr, spans_ptr, dg_ptr, row_token_ptr, row_slots_ptr, read_start_ptr,
+    reads_ptr, diagonal_ptr, second_half_ptr, dto_end_ptr, later_ptr, spans_ptr, dg_ptr, row_token_ptr, row_slots_ptr, read_start_ptr,
     read_ptr, rows, H, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -75,12 +75,14 @@ def _decay_gradients(
     exists_th = (t >= 0)[:, None] & exists_h[None, :]
     around_h = tl.zeros([BLOCK], tl.float32)
     for read in range(tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)):
-        run, height = tl.load(read_ptr + 4 * read), tl.load(read_ptr + 4 * read + 3)
+        run, height = tl.load(read_ptr + 3 * read), tl.load(read_ptr + 3 * read + 2)
         later_at = (height.to(tl.int64) * rows + row) * H + h
         around_h += tl.load(later_ptr + later_at, mask=exists_h, other=0.0)
         around_h += tl.load(spans_ptr + run.to(tl.int64) * H + h, mask=exists_h, other=0.0)
     at_th = (row.to(tl.int64) * H + h[None, :]) * CHUNK + t[:, None]
-    queries_th = tl.load(ddecay_ptr + at_th, mask=exists_th, other=0.0)
+    queries_th = tl.load(reads_ptr + at_th, mask=exists_th, other=0.0)
+    queries_th += tl.load(diagonal_ptr + at_th, mask=exists_th, other=0.0)
+    queries_th += tl.load(second_half_ptr + at_th, mask=exists_th, other=0.0)
     before_th = exists_th & (t > 0)[:, None]
     keys_th = tl.zeros([CHUNK, BLOCK], tl.float32)
     for part in tl.static_range(PARTS):

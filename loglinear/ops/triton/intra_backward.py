@@ -1,8 +1,8 @@
 """Gradients within a chunk: the two diagonal blocks, where every pair has a level of its own, and the second half
 reading the first, at one level.
 
-Both add to what earlier kernels wrote: parts of dq and dk, dv, and how the loss depends on decays (rows minus columns
-of one fp32 matrix, so that a pair's two ends cancel exactly outside of it).
+Both add to what earlier kernels wrote, dv and parts of dq and dk. How the loss depends on decays is rows minus columns
+of one fp32 matrix, so that a pair's two ends cancel outside of it.
 
 Shapes: c chunk (row of the tables), t slot of a query, s slot of a key within its half, h value head,
 g query/key group, n state (key) size, p value head size, l level, w part of a sum over heads.
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from loglinear.ops.triton.common import HALF, LEVELS_IN_HALF, level_weights, row_tokens
+from loglinear.ops.triton.common import HALF, LEVELS_IN_HALF, level_weights, row_tokens, store_level_sums
 from loglinear.ops.triton.config import Sizes
 from loglinear.ops.triton.tables import CHUNK, Tables
 
@@ -30,22 +30,29 @@ def intra_gradients(
     dk_wtgn: torch.Tensor,
     dv_thp: torch.Tensor,
     dscales_chlt: torch.Tensor | None,
-    ddecay_cht: torch.Tensor,
     scale: float,
     tables: Tables,
     sizes: Sizes,
-) -> None:
-    """Add to dq, dk, dv and ddecay, and fill in levels 0 to 7 of `dscales_chlt`."""
+) -> list[torch.Tensor]:
+    """Add to dq, dk and dv, and fill in levels 0 to 7 of `dscales_chlt`.
+
+    Returns:
+        Two tensors [C, H, T], how the loss depends on the decay up to each slot.
+    """
     levels = 0 if scales_chlt is None else scales_chlt.shape[2]
     parts = len(dq_wtgn)
-    for kernel, blocks in ((_diagonal_gradients, 2), (_second_half_gradients, 1)):
+    ddecays_cht = [torch.empty_like(decay_cht), torch.empty_like(decay_cht)]
+    for kernel, blocks, ddecay_cht in zip(
+        (_diagonal_gradients, _second_half_gradients), (2, 1), ddecays_cht, strict=True
+    ):
         kernel[(blocks * tables.rows, sizes.groups * parts)](
             q_tgn, k_tgn, v_thp, do_thp, scales_chlt, decay_cht, dq_wtgn, dk_wtgn, dv_thp, dscales_chlt, ddecay_cht,
             tables.row_token, tables.row_slots, scale, levels, len(q_tgn),
             H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK, HALF=HALF,
             BLOCK_P=min(sizes.value, 128), AT_ONCE=sizes.per_group // parts, DK_STRIDE=len(dk_wtgn) // parts,
-            LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision, num_warps=4, num_stages=1,
+            LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision, num_warps=4, num_stages=2,
         )  # fmt: skip
+    return ddecays_cht
 
 
 @triton.jit
@@ -80,16 +87,6 @@ def _add_value_gradients(do_ptr, dv_ptr, do_at, v_at, weights_ts, do_valid, v_va
 
 
 @triton.jit
-def _store_level_sums(dscales_ptr, stride, t, distance_ts, gradient_ts, LEVELS: tl.constexpr):
-    """Sum a block over the keys of each level. Levels up to l are the pairs closer than 2^l."""
-    closer_t = tl.zeros([distance_ts.shape[0]], tl.float32)
-    for level in tl.static_range(LEVELS):
-        within_t = tl.sum(tl.where(distance_ts < (1 << level), gradient_ts, 0.0), 1)
-        tl.store(dscales_ptr + level * stride + t, (within_t - closer_t).to(dscales_ptr.dtype.element_ty))
-        closer_t = within_t
-
-
-@triton.jit
 def _diagonal_gradients(
     q_ptr, k_ptr, v_ptr, do_ptr, scales_ptr, decay_ptr, dq_ptr, dk_ptr, dv_ptr, dscales_ptr, ddecay_ptr,
     row_token_ptr, row_slots_ptr, scale, L, tokens,
@@ -107,7 +104,6 @@ def _diagonal_gradients(
     k_sn = tl.load(k_ptr + q_at, mask=valid_s[:, None], other=0.0)
     scores_ts = tl.dot(q_tn, tl.trans(k_sn), input_precision=PRECISION)
     dscores_ts = tl.zeros([HALF, HALF], tl.float32)
-    distance_ts = s[:, None] ^ s[None, :]
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
         slots = of_row * CHUNK + first_slot + s
@@ -121,16 +117,14 @@ def _diagonal_gradients(
         weight_ts *= decay_ts
         if LEVELS:
             levels_at = of_row * L * CHUNK + first_slot
-            _store_level_sums(
-                dscales_ptr + levels_at, CHUNK, s, distance_ts, scores_ts * weight_ts, LEVELS
-            )
-            scales_ts = level_weights(scales_ptr + levels_at, CHUNK, s, distance_ts, LEVELS)
+            store_level_sums(dscales_ptr + levels_at, CHUNK, s, scores_ts * weight_ts, HALF, LEVELS)
+            scales_ts = level_weights(scales_ptr + levels_at, CHUNK, s, HALF, LEVELS)
             weight_ts *= scales_ts
             decay_ts *= scales_ts
         dscores_ts += weight_ts
-        exponent_ts = tl.where(distance_ts == 0, 0.0, scores_ts * weight_ts)
+        exponent_ts = tl.where(s[:, None] == s[None, :], 0.0, scores_ts * weight_ts)
         exponent_s = tl.sum(exponent_ts, 1) - tl.sum(exponent_ts, 0)
-        _add(ddecay_ptr, slots, exponent_s, s >= 0)
+        tl.store(ddecay_ptr + slots, exponent_s)
         _add_value_gradients(
             do_ptr, dv_ptr, v_at, v_at, scale * scores_ts * decay_ts, valid_s, valid_s, P, BLOCK_P, PRECISION
         )
@@ -183,8 +177,8 @@ def _second_half_gradients(
             scale_t = tl.load(scales_ptr + level + HALF, mask=exists, other=0.0).to(tl.float32)
             from_middle_t *= scale_t
             dscale_t *= scale_t
-        _add(ddecay_ptr, slots + HALF, dscale_t, s >= 0)
-        _add(ddecay_ptr, slots, -tl.sum(exponent_ts * from_middle_t[:, None], 0), s >= 0)
+        tl.store(ddecay_ptr + slots + HALF, dscale_t)
+        tl.store(ddecay_ptr + slots, -tl.sum(exponent_ts * from_middle_t[:, None], 0))
         dscores_ts += from_middle_t[:, None] * products_ts
         weights_ts = scores_ts * from_middle_t[:, None] * to_middle_s[None, :]
         _add_value_gradients(

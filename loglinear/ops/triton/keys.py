@@ -12,15 +12,15 @@ import triton.language as tl
 
 from loglinear.ops.triton.common import row_tokens
 from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.prepare import Decays
 from loglinear.ops.triton.tables import CHUNK, Tables
-from loglinear.ops.triton.tree_backward import decay_in_parent, run_gradient
+from loglinear.ops.triton.tree_backward import share_of_parent
 
 
 def key_gradients(
     k_tgn: torch.Tensor,
     v_thp: torch.Tensor,
-    decay_cht: torch.Tensor,
-    boundary_xh: torch.Tensor,
+    decays: Decays,
     states_xhnp: torch.Tensor,
     dpieces_yhnp: torch.Tensor,
     druns_xhnp: torch.Tensor,
@@ -40,10 +40,10 @@ def key_gradients(
     at_once = sizes.heads_at_once(tables.rows, 8)
     parts = sizes.per_group // at_once * blocks
     dk_wtgn = k_tgn.new_empty(parts, *k_tgn.shape, dtype=torch.float32)
-    ddecay_bcht = decay_cht.new_empty(blocks, *decay_cht.shape)
-    spans_bxh = decay_cht.new_empty(blocks, tables.rows, sizes.heads)
+    ddecay_bcht = decays.slot_cht.new_empty(blocks, *decays.slot_cht.shape)
+    spans_bxh = ddecay_bcht.new_empty(blocks, tables.rows, sizes.heads)
     _key_gradients[(tables.rows, sizes.heads // at_once, blocks)](
-        k_tgn, v_thp, decay_cht, boundary_xh, states_xhnp, dpieces_yhnp, druns_xhnp, dk_wtgn, dv_thp,
+        k_tgn, v_thp, decays.slot_cht, decays.run_xh, states_xhnp, dpieces_yhnp, druns_xhnp, dk_wtgn, dv_thp,
         ddecay_bcht, spans_bxh, tables.row_token, tables.row_slots, tables.run, len(k_tgn), tables.rows,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
         BLOCK_P=block_p, AT_ONCE=at_once, PRECISION=sizes.precision, num_warps=8, num_stages=2,
@@ -53,7 +53,7 @@ def key_gradients(
 
 @triton.jit
 def _key_gradients(
-    k_ptr, v_ptr, decay_ptr, boundary_ptr, states_ptr, dpieces_ptr, druns_ptr, dk_ptr, dv_ptr,
+    k_ptr, v_ptr, decay_ptr, run_decay_ptr, states_ptr, dpieces_ptr, druns_ptr, dk_ptr, dv_ptr,
     ddecay_ptr, spans_ptr, row_token_ptr, row_slots_ptr, run_ptr, tokens, rows,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,17 +65,19 @@ def _key_gradients(
     token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     k_at = (token_t[:, None] * (H // R) + first_head // R) * N + n[None, :]
     k_tn = tl.load(k_ptr + k_at, mask=valid_t[:, None], other=0.0)
-    run_ptr += 6 * row
-    is_left = tl.load(run_ptr + 3)
+    is_left = tl.load(run_ptr + 4 * row + 1)
+    piece = tl.load(run_ptr + 4 * row + 2)
+    is_read = tl.load(run_ptr + 4 * row + 3) > piece
     f_np = n[:, None] * P + p[None, :]
     dk_tn = tl.zeros([CHUNK, N], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
-        in_parent = decay_in_parent(boundary_ptr, run_ptr, head, H)
-        dstate_np, share_np = run_gradient(
-            dpieces_ptr, druns_ptr, run_ptr, rows, in_parent, head, f_np, H, N * P
-        )
+        share_np = share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, row, head, f_np, H, N * P)
         state_np = tl.load(states_ptr + of_row * N * P + f_np, mask=is_left + 0 * f_np > 0, other=0.0)
+        # One row reads a state of one chunk, so there is at most one piece.
+        piece_at = (piece.to(tl.int64) * H + head) * N * P + f_np
+        dpiece_np = tl.load(dpieces_ptr + piece_at, mask=is_read & (f_np >= 0), other=0.0)
+        dstate_np = (share_np + dpiece_np.to(tl.float32)).to(k_tn.dtype)
         span = tl.sum(tl.sum(share_np * state_np.to(tl.float32), 1), 0)
         tl.store(spans_ptr + (block.to(tl.int64) * rows + row) * H + head, span)
 
@@ -83,7 +85,6 @@ def _key_gradients(
         v_tp = tl.load(v_ptr + v_at, mask=valid_t[:, None], other=0.0)
         at_row = decay_ptr + of_row * CHUNK
         to_end_t = tl.exp2(tl.load(at_row + CHUNK - 1) - tl.load(at_row + t))
-        dstate_np = dstate_np.to(k_tn.dtype)
         dv_tp = to_end_t[:, None] * tl.dot(k_tn, dstate_np, input_precision=PRECISION)
         tl.store(dv_ptr + v_at, dv_tp.to(v_tp.dtype), mask=valid_t[:, None])
         ddecay_at = (block.to(tl.int64) * rows * H + of_row) * CHUNK + t

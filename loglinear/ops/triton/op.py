@@ -18,7 +18,7 @@ from loglinear.ops.triton.edges import final_state, read_initial_state
 from loglinear.ops.triton.intra_backward import intra_gradients
 from loglinear.ops.triton.keys import key_gradients
 from loglinear.ops.triton.output import outputs
-from loglinear.ops.triton.prepare import levels_innermost, slots_innermost, sum_decays
+from loglinear.ops.triton.prepare import Decays, levels_innermost, slots_innermost, sum_decays
 from loglinear.ops.triton.queries import query_gradients
 from loglinear.ops.triton.states import run_states
 from loglinear.ops.triton.tables import CHUNK, make_tables
@@ -80,17 +80,15 @@ def _forward(
     lengths: Sequence[int],
     starts: Sequence[int],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, and what backward reads again: states of runs, two forms of decay, level scales (empty without)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, and what backward reads again: states of runs, level scales (empty without), the fields of `Decays`."""
     tables = make_tables(Sequences(tuple(lengths), tuple(starts)), v_thp.device)
     sizes = _sizes(q_tgn, v_thp)
-    decay_cht, boundary_xh = sum_decays(g_th, tables)
+    decays = sum_decays(g_th, tables)
     scales_chlt = None if scales_thl is None else slots_innermost(scales_thl, tables)
-    states_xhnp = run_states(k_tgn, v_thp, decay_cht, boundary_xh, tables, sizes)
-    o_thp = outputs(
-        q_tgn, k_tgn, v_thp, scales_chlt, decay_cht, boundary_xh, states_xhnp, scale, tables, sizes
-    )
-    return o_thp, states_xhnp, decay_cht, boundary_xh, g_th.new_empty(0) if scales_chlt is None else scales_chlt
+    states_xhnp = run_states(k_tgn, v_thp, decays, tables, sizes)
+    o_thp = outputs(q_tgn, k_tgn, v_thp, scales_chlt, decays, states_xhnp, scale, tables, sizes)
+    return o_thp, states_xhnp, g_th.new_empty(0) if scales_chlt is None else scales_chlt, *decays
 
 
 @_forward.register_fake
@@ -101,9 +99,11 @@ def _(q_tgn, k_tgn, v_thp, g_th, scales_thl, lengths, starts, scale):
     return (
         torch.empty_like(v_thp),
         v_thp.new_empty(tables.runs, heads, q_tgn.shape[2], value),
+        (g_th if scales_thl is None else scales_thl).new_empty(scales),
         g_th.new_empty(tables.rows, heads, CHUNK),
         g_th.new_empty(tables.rows + 1, heads, dtype=torch.float64),
-        (g_th if scales_thl is None else scales_thl).new_empty(scales),
+        g_th.new_empty(tables.runs, heads),
+        g_th.new_empty(tables.reads + 1, heads),
     )
 
 
@@ -114,9 +114,11 @@ def _backward(
     k_tgn: Tensor,
     v_thp: Tensor,
     states_xhnp: Tensor,
+    scales_chlt: Tensor,
     decay_cht: Tensor,
     boundary_xh: Tensor,
-    scales_chlt: Tensor,
+    run_decay_xh: Tensor,
+    read_decay_mh: Tensor,
     lengths: Sequence[int],
     starts: Sequence[int],
     scale: float,
@@ -124,26 +126,27 @@ def _backward(
     """Gradients of q, k, v, g and level scales (empty without)."""
     tables = make_tables(Sequences(tuple(lengths), tuple(starts)), v_thp.device)
     sizes = _sizes(q_tgn, v_thp)
+    decays = Decays(decay_cht, boundary_xh, run_decay_xh, read_decay_mh)
     scales = scales_chlt if len(scales_chlt) else None
     dscales_chlt = None if scales is None else torch.empty_like(scales_chlt)
-    dpieces_yhnp = piece_gradients(q_tgn, do_thp, scales, decay_cht, boundary_xh, scale, tables, sizes)
+    dpieces_yhnp = piece_gradients(q_tgn, do_thp, scales, decays, scale, tables, sizes)
     spans_xh = decay_cht.new_empty(tables.runs, sizes.heads)
-    druns_xhnp = run_gradients(dpieces_yhnp, states_xhnp, boundary_xh, spans_xh, tables, sizes)
+    druns_xhnp = run_gradients(dpieces_yhnp, states_xhnp, decays, spans_xh, tables, sizes)
     dv_thp = torch.empty_like(v_thp)
     dk_wtgn, dto_end_bcht, row_spans_bxh = key_gradients(
-        k_tgn, v_thp, decay_cht, boundary_xh, states_xhnp, dpieces_yhnp, druns_xhnp, dv_thp, tables, sizes
+        k_tgn, v_thp, decays, states_xhnp, dpieces_yhnp, druns_xhnp, dv_thp, tables, sizes
     )
     del dpieces_yhnp, druns_xhnp
     torch.sum(row_spans_bxh, 0, out=spans_xh[: tables.rows])
-    dq_wtgn, ddecay_cht, dreads_ech = query_gradients(
-        q_tgn, do_thp, scales, decay_cht, boundary_xh, states_xhnp, dscales_chlt, scale, tables, sizes
+    dq_wtgn, dreads_cht, dreads_ech = query_gradients(
+        q_tgn, do_thp, scales, decays, states_xhnp, dscales_chlt, scale, tables, sizes
     )
-    intra_gradients(
-        q_tgn, k_tgn, v_thp, do_thp, scales, decay_cht, dq_wtgn, dk_wtgn, dv_thp, dscales_chlt, ddecay_cht,
-        scale, tables, sizes,
+    dintra_cht = intra_gradients(
+        q_tgn, k_tgn, v_thp, do_thp, scales, decay_cht, dq_wtgn, dk_wtgn, dv_thp, dscales_chlt, scale,
+        tables, sizes,
     )  # fmt: skip
     dg_th = decay_cht.new_empty(v_thp.shape[:2])
-    decay_gradients(ddecay_cht, dto_end_bcht, dreads_ech, spans_xh, dg_th, tables)
+    decay_gradients([dreads_cht, *dintra_cht], dto_end_bcht, dreads_ech, spans_xh, dg_th, tables)
     dscales_thl = dg_th.new_empty(0)
     if dscales_chlt is not None:
         dscales_thl = levels_innermost(dscales_chlt, len(v_thp), tables)
@@ -152,7 +155,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(do_thp, q_tgn, k_tgn, v_thp, states_xhnp, decay_cht, boundary_xh, scales_chlt, lengths, starts, scale):
+def _(do_thp, q_tgn, k_tgn, v_thp, states_xhnp, scales_chlt, decay_cht, *_):
     scales = (*v_thp.shape[:2], scales_chlt.shape[2]) if scales_chlt.ndim == 4 else (0,)
     dg_th = decay_cht.new_empty(v_thp.shape[:2])
     return (*map(torch.empty_like, (q_tgn, k_tgn, v_thp)), dg_th, scales_chlt.new_empty(scales))

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from loglinear.ops.triton.common import HALF, LEVELS_IN_HALF, gap, level_weights, row_tokens
+from loglinear.ops.triton.common import HALF, LEVELS_IN_HALF, level_weights, load_read, row_tokens
 from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.prepare import Decays
 from loglinear.ops.triton.tables import CHUNK, Tables
 
 
@@ -23,8 +24,7 @@ def outputs(
     k_tgn: torch.Tensor,
     v_thp: torch.Tensor,
     scales_chlt: torch.Tensor | None,
-    decay_cht: torch.Tensor,
-    boundary_xh: torch.Tensor,
+    decays: Decays,
     states_xhnp: torch.Tensor,
     scale: float,
     tables: Tables,
@@ -37,7 +37,7 @@ def outputs(
     at_once = sizes.heads_at_once(tables.rows, 8)
     grid = (tables.rows, sizes.heads // at_once, sizes.value // block_p)
     _outputs[grid](
-        q_tgn, k_tgn, v_thp, o_thp, scales_chlt, decay_cht, boundary_xh, states_xhnp,
+        q_tgn, k_tgn, v_thp, o_thp, scales_chlt, decays.slot_cht, decays.read_mh, states_xhnp,
         tables.row_token, tables.row_slots, tables.read_start, tables.read, scale, levels,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK, HALF=HALF,
         BLOCK_P=block_p, AT_ONCE=at_once, LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision,
@@ -48,7 +48,7 @@ def outputs(
 
 @triton.jit
 def _outputs(
-    q_ptr, k_ptr, v_ptr, o_ptr, scales_ptr, decay_ptr, boundary_ptr, states_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, scales_ptr, decay_ptr, read_gap_ptr, states_ptr,
     row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr,
     BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,45 +75,46 @@ def _outputs(
     scores1_ts = tl.dot(q_tn, tl.trans(k1_sn), input_precision=PRECISION)
     is_first_t = t < HALF
     own_scores_ts = tl.where(is_first_t[:, None], scores0_ts, scores1_ts)
-    t_in_half = t % HALF
-    causal_ts = t_in_half[:, None] >= s[None, :]
-    distance_ts = t_in_half[:, None] ^ s[None, :]
+    causal_ts = (t % HALF)[:, None] >= s[None, :]
     read_from, read_to = tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)
 
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
+        scales_row_ptr = scales_ptr
+        if LEVELS:
+            scales_row_ptr += of_row * L * CHUNK
+        gap, read_scale_t = load_read(
+            read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, LEVELS > 0
+        )
+        v0_at = (token0_s[:, None] * H + head) * P + p[None, :]
+        v0_sp = tl.load(v_ptr + v0_at, mask=valid0_s[:, None], other=0.0)
+        v1_at = (token1_s[:, None] * H + head) * P + p[None, :]
+        v1_sp = tl.load(v_ptr + v1_at, mask=valid1_s[:, None], other=0.0)
         decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
         decay0_s = tl.load(decay_ptr + of_row * CHUNK + s)
         decay1_s = tl.load(decay_ptr + of_row * CHUNK + HALF + s)
+        middle = tl.load(decay_ptr + of_row * CHUNK + HALF - 1)
+
         own_decay_ts = tl.where(is_first_t[:, None], decay0_s[None, :], decay1_s[None, :])
-        own_ts = own_scores_ts * tl.exp2(
-            tl.where(causal_ts, decay_t[:, None] - own_decay_ts, float("-inf"))
-        )
-        before_t = tl.where(is_first_t, float("-inf"), decay_t)
-        before_ts = scores0_ts * tl.exp2(before_t[:, None] - decay0_s[None, :])
-        scales_row_ptr = scales_ptr + of_row * L * CHUNK if LEVELS else scales_ptr
+        own_decay_ts = tl.where(causal_ts, decay_t[:, None] - own_decay_ts, float("-inf"))
+        own_ts = own_scores_ts * tl.exp2(own_decay_ts)
+        from_middle_t = tl.exp2(tl.where(is_first_t, float("-inf"), decay_t - middle))
         if LEVELS:
-            own_ts *= level_weights(scales_row_ptr, CHUNK, t, distance_ts, LEVELS)
-            scale_t = tl.load(scales_row_ptr + tl.minimum(L - 1, LEVELS) * CHUNK + t)
-            before_ts *= scale_t.to(tl.float32)[:, None]
-        v0_sp = tl.load(
-            v_ptr + (token0_s[:, None] * H + head) * P + p[None, :], mask=valid0_s[:, None], other=0.0
-        )
-        v1_sp = tl.load(
-            v_ptr + (token1_s[:, None] * H + head) * P + p[None, :], mask=valid1_s[:, None], other=0.0
-        )
+            own_ts *= level_weights(scales_row_ptr, CHUNK, t, CHUNK, LEVELS)
+            from_middle_t *= tl.load(scales_row_ptr + tl.minimum(L - 1, LEVELS) * CHUNK + t).to(tl.float32)
+        before_ts = scores0_ts * from_middle_t[:, None] * tl.exp2(middle - decay0_s)[None, :]
         weights0_ts = tl.where(is_first_t[:, None], own_ts, before_ts).to(v0_sp.dtype)
         weights1_ts = tl.where(is_first_t[:, None], 0.0, own_ts).to(v0_sp.dtype)
         o_tp = tl.dot(weights0_ts, v0_sp, input_precision=PRECISION)
         o_tp = tl.dot(weights1_ts, v1_sp, o_tp, input_precision=PRECISION)
 
         for read in range(read_from, read_to):
-            run = tl.load(read_ptr + 4 * read).to(tl.int64)
-            since, level = tl.load(read_ptr + 4 * read + 1), tl.load(read_ptr + 4 * read + 2)
+            run = tl.load(read_ptr + 3 * read).to(tl.int64)
             state_np = tl.load(states_ptr + ((run * H + head) * N + n[:, None]) * P + p[None, :])
-            weight_t = tl.exp2(decay_t + gap(boundary_ptr, since, row, head, H))
-            if LEVELS:
-                weight_t *= tl.load(scales_row_ptr + level * CHUNK + t).to(tl.float32)
+            weight_t = read_scale_t * tl.exp2(decay_t + gap)
+            gap, read_scale_t = load_read(
+                read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, LEVELS > 0
+            )
             o_tp += weight_t[:, None] * tl.dot(q_tn, state_np, input_precision=PRECISION)
         o_at = (token_t[:, None] * H + head) * P + p[None, :]
         tl.store(o_ptr + o_at, (o_tp * scale).to(v0_sp.dtype), mask=valid_t[:, None])

@@ -1,9 +1,12 @@
 """Before and after the other kernels: decays summed within chunks, level scales with slots innermost.
 
-Shapes: c chunk (row of the tables), t slot, h value head, l level, x boundary between rows.
+Shapes: c chunk (row of the tables), t slot, h value head, l level, x run or boundary
+between rows, m read.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,22 +18,34 @@ from loglinear.ops.triton.tables import CHUNK, Tables
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def sum_decays(g_th: torch.Tensor, tables: Tables) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log2-decays from the chunk's start to each slot's end [C, H, T], and from the first boundary to each.
+class Decays(NamedTuple):
+    """Log2-decays, the sums of g that the kernels need."""
 
-    Returns:
-        decay_cht (fp32), boundary_xh (fp64, [rows + 1, H]).
-    """
+    slot_cht: torch.Tensor  # from the chunk's start to each slot's end
+    boundary_xh: torch.Tensor  # fp64, [rows + 1, H], from the first boundary to each
+    run_xh: torch.Tensor  # from each run's end to its parent's
+    read_mh: torch.Tensor  # from the end of the run that is read to the row that reads it
+
+
+def sum_decays(g_th: torch.Tensor, tables: Tables) -> Decays:
+    """All sums of the log-decays g [tokens, H]."""
     heads = g_th.shape[1]
-    decay_cht = g_th.new_empty(tables.rows, heads, CHUNK, dtype=torch.float32)
+    slot_cht = g_th.new_empty(tables.rows, heads, CHUNK, dtype=torch.float32)
     boundary_xh = g_th.new_empty(tables.rows + 1, heads, dtype=torch.float64)
     block = min(16, triton.next_power_of_2(heads))
     grid = (tables.rows, triton.cdiv(heads, block))
     _sum_within_chunks[grid](
-        g_th, decay_cht, tables.row_token, tables.row_slots, heads, CHUNK=CHUNK, BLOCK=block
+        g_th, slot_cht, tables.row_token, tables.row_slots, heads, CHUNK=CHUNK, BLOCK=block
     )
-    _sum_over_chunks[(heads,)](decay_cht, boundary_xh, tables.rows, heads, CHUNK=CHUNK, BLOCK=1024)
-    return decay_cht, boundary_xh
+    _sum_over_chunks[(heads,)](slot_cht, boundary_xh, tables.rows, heads, CHUNK=CHUNK, BLOCK=1024)
+    run_xh, read_mh = (_gaps(boundary_xh, pair) for pair in (tables.run_gap, tables.read_gap))
+    return Decays(slot_cht, boundary_xh, run_xh, read_mh)
+
+
+def _gaps(boundary_xh: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+    """Between pairs of boundaries [pairs, 2]: differences of fp64 sums, so exact at any length."""
+    since_xh, until_xh = (boundary_xh.index_select(0, end) for end in pair.unbind(1))
+    return (until_xh - since_xh).float()
 
 
 @triton.jit

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from loglinear.ops.triton.common import gap, row_tokens
+from loglinear.ops.triton.common import load_read, row_tokens
 from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.prepare import Decays
 from loglinear.ops.triton.tables import CHUNK, Tables
 
 
@@ -19,8 +20,7 @@ def query_gradients(
     q_tgn: torch.Tensor,
     do_thp: torch.Tensor,
     scales_chlt: torch.Tensor | None,
-    decay_cht: torch.Tensor,
-    boundary_xh: torch.Tensor,
+    decays: Decays,
     states_xhnp: torch.Tensor,
     dscales_chlt: torch.Tensor | None,
     scale: float,
@@ -32,15 +32,15 @@ def query_gradients(
     Returns:
         dq_wtgn, parts of dq, fp32.
         ddecay_cht, how the loss depends on the decay up to each query.
-        dreads_ech, its sum over the slots of a row, of the read of a run of height e; zero without one.
+        dreads_ech, its sum over the slots of a row, of the read of a run of height e, where there is one.
     """
     at_once = sizes.heads_at_once(tables.rows, 32)
     parts = sizes.per_group // at_once
     dq_wtgn = q_tgn.new_empty(parts, *q_tgn.shape, dtype=torch.float32)
-    ddecay_cht = torch.empty_like(decay_cht)
-    dreads_ech = decay_cht.new_zeros(tables.top + 1, tables.rows, sizes.heads)
+    ddecay_cht = torch.empty_like(decays.slot_cht)
+    dreads_ech = ddecay_cht.new_empty(tables.top + 1, tables.rows, sizes.heads)
     _query_gradients[(tables.rows, sizes.heads // at_once)](
-        q_tgn, do_thp, scales_chlt, decay_cht, boundary_xh, states_xhnp, dq_wtgn, dscales_chlt, ddecay_cht,
+        q_tgn, do_thp, scales_chlt, decays.slot_cht, decays.read_mh, states_xhnp, dq_wtgn, dscales_chlt, ddecay_cht,
         dreads_ech, tables.row_token, tables.row_slots, tables.read_start, tables.read,
         scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
@@ -52,7 +52,7 @@ def query_gradients(
 
 @triton.jit
 def _query_gradients(
-    q_ptr, do_ptr, scales_ptr, decay_ptr, boundary_ptr, states_ptr, dq_ptr, dscales_ptr, ddecay_ptr,
+    q_ptr, do_ptr, scales_ptr, decay_ptr, read_gap_ptr, states_ptr, dq_ptr, dscales_ptr, ddecay_ptr,
     dreads_ptr, row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L, tokens, rows,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
@@ -68,30 +68,35 @@ def _query_gradients(
     dq_tn = tl.zeros([CHUNK, N], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
+        scales_row_ptr = scales_ptr
+        if SCALED:
+            scales_row_ptr += of_row * L * CHUNK
+        gap, scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, SCALED)
         decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
         ddecay_t = tl.zeros([CHUNK], tl.float32)
         do_at = do_ptr + (token_t[:, None] * H + head) * P + p[None, :]
         do_tp = tl.load(do_at, mask=valid_t[:, None], other=0.0)
         for read in range(read_from, read_to):
-            run = tl.load(read_ptr + 4 * read).to(tl.int64)
-            since, level = tl.load(read_ptr + 4 * read + 1), tl.load(read_ptr + 4 * read + 2)
-            height = tl.load(read_ptr + 4 * read + 3).to(tl.int64)
+            run = tl.load(read_ptr + 3 * read).to(tl.int64)
             state_at = states_ptr + ((run * H + head) * N + n[:, None]) * P + p[None, :]
             dread_tn = tl.dot(do_tp, tl.trans(tl.load(state_at)), input_precision=PRECISION)
             for block in tl.static_range(BLOCK_P, P, BLOCK_P):
                 do_more_tp = tl.load(do_at + block, mask=valid_t[:, None], other=0.0)
                 state_pn = tl.trans(tl.load(state_at + block))
                 dread_tn = tl.dot(do_more_tp, state_pn, dread_tn, input_precision=PRECISION)
-            weight_t = scale * tl.exp2(decay_t + gap(boundary_ptr, since, row, head, H))
+            weight_t = scale * tl.exp2(decay_t + gap)
+            scale_now_t = scale_t
+            gap, scale_t = load_read(
+                read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, SCALED
+            )
             dscale_t = weight_t * tl.sum(dread_tn * q_tn.to(tl.float32), 1)
+            dq_tn += (weight_t * scale_now_t)[:, None] * dread_tn
             if SCALED:
-                scales_at = (of_row * L + level) * CHUNK + t
-                tl.store(dscales_ptr + scales_at, dscale_t.to(dscales_ptr.dtype.element_ty))
-                scale_t = tl.load(scales_ptr + scales_at).to(tl.float32)
-                weight_t *= scale_t
-                dscale_t *= scale_t
-            dq_tn += weight_t[:, None] * dread_tn
+                at_level = (of_row * L + tl.load(read_ptr + 3 * read + 1)) * CHUNK
+                tl.store(dscales_ptr + at_level + t, dscale_t.to(dscales_ptr.dtype.element_ty))
+            dscale_t *= scale_now_t
             ddecay_t += dscale_t
+            height = tl.load(read_ptr + 3 * read + 2).to(tl.int64)
             tl.store(dreads_ptr + (height * rows + row) * H + head, tl.sum(dscale_t, 0))
         tl.store(ddecay_ptr + of_row * CHUNK + t, ddecay_t)
     part = tl.program_id(1) % (R // AT_ONCE)

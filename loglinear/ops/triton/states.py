@@ -10,16 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from loglinear.ops.triton.common import gap, row_tokens
+from loglinear.ops.triton.common import row_tokens
 from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.prepare import Decays
 from loglinear.ops.triton.tables import CHUNK, Tables
 
 
 def run_states(
     k_tgn: torch.Tensor,
     v_thp: torch.Tensor,
-    decay_cht: torch.Tensor,
-    boundary_xh: torch.Tensor,
+    decays: Decays,
     tables: Tables,
     sizes: Sizes,
 ) -> torch.Tensor:
@@ -28,14 +28,14 @@ def run_states(
     block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
     grid = (tables.rows, sizes.heads, sizes.state // block_n * (sizes.value // block_p))
     _chunk_states[grid](
-        k_tgn, v_thp, decay_cht, states_xhnp, tables.row_token, tables.row_slots,
+        k_tgn, v_thp, decays.slot_cht, states_xhnp, tables.row_token, tables.row_slots,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
         BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=4,
     )  # fmt: skip
     block = sizes.flat_block
     for runs in tables.heights:
         _merge[(runs.stop - runs.start, sizes.heads, sizes.flat // block)](
-            states_xhnp, boundary_xh, tables.merge, runs.start, tables.rows,
+            states_xhnp, decays.run_xh, tables.merge, runs.start, tables.rows,
             H=sizes.heads, F=sizes.flat, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return states_xhnp
@@ -66,16 +66,15 @@ def _chunk_states(
 
 @triton.jit
 def _merge(
-    states_ptr, boundary_ptr, merge_ptr, first, rows,
+    states_ptr, run_decay_ptr, merge_ptr, first, rows,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     merge, head = first + tl.program_id(0), tl.program_id(1)
     f = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    left = tl.load(merge_ptr + 4 * merge)
-    right = tl.load(merge_ptr + 4 * merge + 1).to(tl.int64)
-    since, until = tl.load(merge_ptr + 4 * merge + 2), tl.load(merge_ptr + 4 * merge + 3)
+    left, right = tl.load(merge_ptr + 2 * merge), tl.load(merge_ptr + 2 * merge + 1).to(tl.int64)
+    decay = tl.exp2(tl.load(run_decay_ptr + left * H + head, mask=left >= 0, other=0.0))
     left_f = tl.load(states_ptr + (left.to(tl.int64) * H + head) * F + f, mask=left + 0 * f >= 0, other=0.0)
     right_f = tl.load(states_ptr + (right * H + head) * F + f)
-    merged_f = right_f + left_f.to(tl.float32) * tl.exp2(gap(boundary_ptr, since, until, head, H))
+    merged_f = right_f + decay * left_f.to(tl.float32)
     out = (merge + rows).to(tl.int64) * H + head
     tl.store(states_ptr + out * F + f, merged_f.to(right_f.dtype))

@@ -33,9 +33,11 @@ class Tables:
     row_slots: torch.Tensor  # [rows, 2], first slot with a token and the end of them
     row_levels: torch.Tensor  # bit mask of the levels that a row's reads have
     read_start: torch.Tensor  # [rows + 1], reads of each row
-    read: torch.Tensor  # [reads, 4]: run, boundary at its end, level, height
-    merge: torch.Tensor  # [runs of more than one chunk, 4]: left run or -1, right run, boundaries since, until
-    run: torch.Tensor  # [runs, 6]: parent or -1, boundaries since, until, whether it is a left half, pieces from, to
+    read: torch.Tensor  # [reads + 1, 3]: run, level, height; one more, so that a loop may look ahead
+    read_gap: torch.Tensor  # [reads + 1, 2]: boundaries at the run's end and before the row
+    merge: torch.Tensor  # [runs of more than one chunk, 2]: left run or -1, right run
+    run: torch.Tensor  # [runs, 4]: parent or -1, whether it is a left half, pieces from, to
+    run_gap: torch.Tensor  # [runs, 2]: boundaries at the run's end and its parent's
     piece: torch.Tensor  # [pieces, 5], longest first: rows from, to, boundary, level, where its sum goes
     bucket: torch.Tensor  # [runs that are read, 3]: rows from, to that read it, height
 
@@ -49,9 +51,10 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
     merge[merges.missing.numpy(), 0] = -1
     row_token, row_slots = _rows(sequences)
     row, read = _reads(plan)
-    run, piece, bucket = _runs(plan.rows, merge, row, read)
+    run, run_gap, piece, bucket = _runs(plan.rows, merge, row, read)
     levels = np.zeros(plan.rows, np.int64)
-    np.bitwise_or.at(levels, row, 1 << read[:, 2])
+    np.bitwise_or.at(levels, row, 1 << read[:, 1])
+    one_more = ((0, 1), (0, 0))
 
     def put(table: np.ndarray, dtype: type = np.int32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(table.astype(dtype))).to(device)
@@ -67,9 +70,11 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
         row_slots=put(row_slots),
         row_levels=put(levels),
         read_start=put(np.searchsorted(row, np.arange(plan.rows + 1))),
-        read=put(read),
-        merge=put(merge),
+        read=put(np.pad(read[:, :3], one_more)),
+        read_gap=put(np.pad(np.column_stack([read[:, 3], row]), one_more)),
+        merge=put(merge[:, :2]),
         run=put(run),
+        run_gap=put(run_gap),
         piece=put(piece),
         bucket=put(bucket),
     )
@@ -89,36 +94,36 @@ def _rows(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reads(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the reads in order, and for each: run, boundary at the run's end, level, height."""
+    """Rows of the reads in order, and for each: run, level, height, boundary at the run's end."""
     reads = plan.reads
     row, run, since, level = (x.numpy() for x in (reads.row, reads.source, reads.since, reads.level))
-    read = np.stack([run, since, level, level - CHUNK.bit_length()], 1)
+    read = np.stack([run, level, level - CHUNK.bit_length(), since], 1)
     order = np.argsort(row, kind="stable")
     return row[order], read[order]
 
 
 def _runs(
     rows: int, merge: np.ndarray, row: np.ndarray, read: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tables `run`, `piece` and `bucket`."""
-    run = np.zeros((rows + len(merge), 6), np.int64)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The tables `run`, `run_gap`, `piece` and `bucket`."""
+    run, run_gap = np.zeros((rows + len(merge), 4), np.int64), np.zeros((rows + len(merge), 2), np.int64)
     run[:, 0] = -1
     left, right, since, until = merge.T
     above = np.arange(rows, rows + len(merge))
     run[right, 0] = above
     has_left = left >= 0
-    run[left[has_left], :4] = np.stack(
-        [above, since, until, np.ones_like(above)], 1
-    )[has_left]
+    run[left[has_left], 0] = above[has_left]
+    run[left[has_left], 1] = 1
+    run_gap[left[has_left]] = np.column_stack([since, until])[has_left]
 
     source, first, count = np.unique(read[:, 0], return_index=True, return_counts=True)
-    bucket = np.column_stack([row[first], row[first] + count, read[first, 3]])
+    bucket = np.column_stack([row[first], row[first] + count, read[first, 2]])
     pieces = -(-count // PIECE)
     end = np.cumsum(pieces)
-    run[source, 4], run[source, 5] = end - pieces, end
+    run[source, 2], run[source, 3] = end - pieces, end
     owner = np.repeat(np.arange(len(source)), pieces)
     slot = np.arange(len(owner))
     begin = bucket[owner, 0] + (slot - (end - pieces)[owner]) * PIECE
     stop = np.minimum(begin + PIECE, bucket[owner, 1])
-    piece = np.column_stack([begin, stop, read[first][owner, 1:3], slot])
-    return run, piece[np.argsort(begin - stop, kind="stable")], bucket
+    piece = np.column_stack([begin, stop, read[first, 3][owner], read[first, 1][owner], slot])
+    return run, run_gap, piece[np.argsort(begin - stop, kind="stable")], bucket

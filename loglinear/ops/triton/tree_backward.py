@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from loglinear.ops.triton.common import gap, row_tokens
+from loglinear.ops.triton.common import row_tokens
 from loglinear.ops.triton.config import Sizes
+from loglinear.ops.triton.prepare import Decays
 from loglinear.ops.triton.tables import CHUNK, Tables
 
 
@@ -22,8 +23,7 @@ def piece_gradients(
     q_tgn: torch.Tensor,
     do_thp: torch.Tensor,
     scales_chlt: torch.Tensor | None,
-    decay_cht: torch.Tensor,
-    boundary_xh: torch.Tensor,
+    decays: Decays,
     scale: float,
     tables: Tables,
     sizes: Sizes,
@@ -34,7 +34,7 @@ def piece_gradients(
     grid = (sizes.heads, tables.pieces, sizes.state // block_n * (sizes.value // block_p))
     if tables.pieces:
         _piece_gradients[grid](
-            q_tgn, do_thp, scales_chlt, decay_cht, boundary_xh, dpieces_yhnp,
+            q_tgn, do_thp, scales_chlt, decays.slot_cht, decays.boundary_xh, dpieces_yhnp,
             tables.row_token, tables.row_slots, tables.piece, scale,
             0 if scales_chlt is None else scales_chlt.shape[2],
             H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
@@ -42,6 +42,20 @@ def piece_gradients(
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return dpieces_yhnp
+
+
+@triton.jit
+def _load_weights(
+    decay_ptr, boundary_ptr, scales_ptr, run_end, row, level, head, t, L,
+    H: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """What weighs a row's read of a run: the decay from the run's end to each slot, and the level's scale."""
+    of_row = row * H + head
+    gap = (tl.load(boundary_ptr + of_row) - run_end).to(tl.float32)
+    scale_t = tl.full([CHUNK], 1.0, tl.float32)
+    if SCALED:
+        scale_t = tl.load(scales_ptr + (of_row * L + level) * CHUNK + t).to(tl.float32)
+    return tl.load(decay_ptr + of_row * CHUNK + t) + gap, scale_t
 
 
 @triton.jit
@@ -57,18 +71,23 @@ def _piece_gradients(
     p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
     piece_ptr += 5 * piece
     since, level, out = tl.load(piece_ptr + 2), tl.load(piece_ptr + 3), tl.load(piece_ptr + 4)
+    first, end = tl.load(piece_ptr), tl.load(piece_ptr + 1)
+    run_end = tl.load(boundary_ptr + since * H + head)
     dstate_np = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    for row in range(tl.load(piece_ptr), tl.load(piece_ptr + 1)):
+    decay_t, scale_t = _load_weights(
+        decay_ptr, boundary_ptr, scales_ptr, run_end, first, level, head, t, L, H, CHUNK, SCALED
+    )
+    for row in range(first, end):
+        weight_t = scale * scale_t * tl.exp2(decay_t)
+        decay_t, scale_t = _load_weights(
+            decay_ptr, boundary_ptr, scales_ptr, run_end, min(row + 1, end - 1), level, head, t, L, H, CHUNK, SCALED
+        )  # fmt: skip
         token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
         q_at = (token_t[:, None] * (H // R) + head // R) * N + n[None, :]
         q_tn = tl.load(q_ptr + q_at, mask=valid_t[:, None], other=0.0)
         do_at = (token_t[:, None] * H + head) * P + p[None, :]
         do_tp = tl.load(do_ptr + do_at, mask=valid_t[:, None], other=0.0)
-        of_row = row * H + head
-        weight_t = tl.exp2(tl.load(decay_ptr + of_row * CHUNK + t) + gap(boundary_ptr, since, row, head, H))
-        if SCALED:
-            weight_t *= tl.load(scales_ptr + (of_row * L + level) * CHUNK + t).to(tl.float32)
-        weighted_tp = (do_tp * (weight_t * scale)[:, None]).to(do_tp.dtype)
+        weighted_tp = (do_tp * weight_t[:, None]).to(do_tp.dtype)
         dstate_np = tl.dot(tl.trans(q_tn), weighted_tp, dstate_np, input_precision=PRECISION)
     dpieces_ptr += (out * H + head) * N * P
     tl.store(dpieces_ptr + n[:, None] * P + p[None, :], dstate_np.to(dpieces_ptr.dtype.element_ty))
@@ -77,7 +96,7 @@ def _piece_gradients(
 def run_gradients(
     dpieces_yhnp: torch.Tensor,
     states_xhnp: torch.Tensor,
-    boundary_xh: torch.Tensor,
+    decays: Decays,
     spans_xh: torch.Tensor,
     tables: Tables,
     sizes: Sizes,
@@ -89,7 +108,7 @@ def run_gradients(
     druns_xhnp = states_xhnp.new_empty(tables.runs - tables.rows, sizes.heads, sizes.state, sizes.value)
     for runs in reversed(tables.heights):
         _run_gradients[(runs.stop - runs.start, sizes.heads)](
-            dpieces_yhnp, states_xhnp, druns_xhnp, boundary_xh, spans_xh, tables.run,
+            dpieces_yhnp, states_xhnp, druns_xhnp, decays.run_xh, spans_xh, tables.run,
             runs.start + tables.rows, tables.rows,
             H=sizes.heads, F=sizes.flat, BLOCK=sizes.flat_block, num_warps=8,
         )  # fmt: skip
@@ -97,41 +116,31 @@ def run_gradients(
 
 
 @triton.jit
-def run_gradient(dpieces_ptr, druns_ptr, run_ptr, rows, decay, head, f, H: tl.constexpr, F: tl.constexpr):
-    """A run's gradient, and its parent's share of it, at the positions `f` of a state; `run_ptr` is its entry."""
-    parent = tl.load(run_ptr)
+def share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, run, head, f, H: tl.constexpr, F: tl.constexpr):
+    """What a run's gradient gets from its parent's, at the positions `f` of a state."""
+    parent = tl.load(run_ptr + 4 * run)
+    decay = tl.exp2(tl.load(run_decay_ptr + run * H + head))
     at_parent = ((parent - rows).to(tl.int64) * H + head) * F + f
-    share_f = decay * tl.load(druns_ptr + at_parent, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
-    gradient_f = share_f
-    for piece in range(tl.load(run_ptr + 4), tl.load(run_ptr + 5)):
-        gradient_f += tl.load(dpieces_ptr + (tl.cast(piece, tl.int64) * H + head) * F + f).to(tl.float32)
-    return gradient_f, share_f
-
-
-@triton.jit
-def decay_in_parent(boundary_ptr, run_ptr, head, H: tl.constexpr):
-    """The decay from a run's end to its parent's."""
-    return tl.exp2(gap(boundary_ptr, tl.load(run_ptr + 1), tl.load(run_ptr + 2), head, H))
+    return decay * tl.load(druns_ptr + at_parent, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _run_gradients(
-    dpieces_ptr, states_ptr, druns_ptr, boundary_ptr, spans_ptr, run_ptr, first, rows,
+    dpieces_ptr, states_ptr, druns_ptr, run_decay_ptr, spans_ptr, run_ptr, first, rows,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     run, head = first + tl.program_id(0), tl.program_id(1)
-    run_ptr += 6 * run
-    decay = decay_in_parent(boundary_ptr, run_ptr, head, H)
-    is_left = tl.load(run_ptr + 3)
+    is_left = tl.load(run_ptr + 4 * run + 1)
     span = tl.zeros([], tl.float32)
     for start in range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
-        gradient_f, share_f = run_gradient(dpieces_ptr, druns_ptr, run_ptr, rows, decay, head, f, H, F)
-        tl.store(
-            druns_ptr + ((run - rows).to(tl.int64) * H + head) * F + f,
-            gradient_f.to(druns_ptr.dtype.element_ty),
-        )
         state_at = states_ptr + (run.to(tl.int64) * H + head) * F + f
         state_f = tl.load(state_at, mask=is_left + 0 * f > 0, other=0.0).to(tl.float32)
-        span += tl.sum(share_f * state_f, 0)
+        gradient_f = share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, run, head, f, H, F)
+        span += tl.sum(gradient_f * state_f, 0)
+        for piece in range(tl.load(run_ptr + 4 * run + 2), tl.load(run_ptr + 4 * run + 3)):
+            piece_at = (tl.cast(piece, tl.int64) * H + head) * F + f
+            gradient_f += tl.load(dpieces_ptr + piece_at).to(tl.float32)
+        out = ((run - rows).to(tl.int64) * H + head) * F + f
+        tl.store(druns_ptr + out, gradient_f.to(druns_ptr.dtype.element_ty))
     tl.store(spans_ptr + run.to(tl.int64) * H + head, span)
