@@ -15,11 +15,13 @@ FIRST_READ_LEVEL = 8  # levels from here on are read from states; level 7 is the
 
 @triton.jit
 def row_tokens(row_token_ptr, row_slots_ptr, row, t):
-    """Tokens of the slots `t` of a row, int64, and whether the slot has one."""
-    token_t = tl.load(row_token_ptr + row) + t
+    """The token in slot 0 of a row, int64, and which of the slots `t` have one.
+
+    It may lie before the first token. Offsets from it fit 32 bits, which spares registers.
+    """
     first = tl.load(row_slots_ptr + 2 * row)
     end = tl.load(row_slots_ptr + 2 * row + 1)
-    return token_t, (t >= first) & (t < end)
+    return tl.load(row_token_ptr + row), (t >= first) & (t < end)
 
 
 @triton.jit

@@ -89,6 +89,6 @@ def _decay_gradients(
         part_at = dto_end_ptr + (part * rows + row).to(tl.int64) * H * CHUNK + h[None, :] * CHUNK + t[:, None] - 1
         keys_th += tl.load(part_at, mask=before_th, other=0.0)
     dg_th = tl.cumsum(queries_th, 0, reverse=True) + tl.cumsum(keys_th, 0) + around_h[None, :]
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
-    dg_at = token_t[:, None] * H + h[None, :]
-    tl.store(dg_ptr + dg_at, dg_th.to(dg_ptr.dtype.element_ty), mask=valid_t[:, None] & exists_h[None, :])
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    dg_at = t[:, None] * H + h[None, :]
+    tl.store(dg_ptr + token * H + dg_at, dg_th.to(dg_ptr.dtype.element_ty), mask=valid_t[:, None] & exists_h[None, :])

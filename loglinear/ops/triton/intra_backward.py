@@ -63,27 +63,30 @@ def _add(ptr, offsets, value, mask):
 
 
 @triton.jit
-def _value_products(do_ptr, v_ptr, do_at, v_at, do_valid, v_valid, P: tl.constexpr, BLOCK_P: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
+def _value_products(
+    do_ptr, v_ptr, at, do_valid, v_valid, P: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr
+):
     """do v^T over all value numbers, a block at a time."""
-    do_tp = tl.load(do_ptr + do_at, mask=do_valid[:, None], other=0.0)
-    v_sp = tl.load(v_ptr + v_at, mask=v_valid[:, None], other=0.0)
+    do_tp = tl.load(do_ptr + at, mask=do_valid[:, None], other=0.0)
+    v_sp = tl.load(v_ptr + at, mask=v_valid[:, None], other=0.0)
     product_ts = tl.dot(do_tp, tl.trans(v_sp), input_precision=PRECISION)
     for block in tl.static_range(BLOCK_P, P, BLOCK_P):
-        do_more_tp = tl.load(do_ptr + do_at + block, mask=do_valid[:, None], other=0.0)
-        v_more_sp = tl.load(v_ptr + v_at + block, mask=v_valid[:, None], other=0.0)
+        do_more_tp = tl.load(do_ptr + block + at, mask=do_valid[:, None], other=0.0)
+        v_more_sp = tl.load(v_ptr + block + at, mask=v_valid[:, None], other=0.0)
         product_ts = tl.dot(do_more_tp, tl.trans(v_more_sp), product_ts, input_precision=PRECISION)
     return product_ts
 
 
 @triton.jit
-def _add_value_gradients(do_ptr, dv_ptr, do_at, v_at, weights_ts, do_valid, v_valid, P: tl.constexpr,
-                         BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _add_value_gradients(
+    do_ptr, dv_ptr, at, weights_ts, do_valid, v_valid,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dv += weights^T do, a block at a time."""
     for block in tl.static_range(0, P, BLOCK_P):
-        do_tp = tl.load(do_ptr + do_at + block, mask=do_valid[:, None], other=0.0)
+        do_tp = tl.load(do_ptr + block + at, mask=do_valid[:, None], other=0.0)
         dv_sp = tl.dot(tl.trans(weights_ts.to(do_tp.dtype)), do_tp, input_precision=PRECISION)
-        _add(dv_ptr, v_at + block, dv_sp, v_valid[:, None])
+        _add(dv_ptr + block, at, dv_sp, v_valid[:, None])
 
 
 @triton.jit
@@ -98,18 +101,21 @@ def _diagonal_gradients(
     first_head = tl.program_id(1) * AT_ONCE
     groups: tl.constexpr = H // R
     s, n, p = tl.arange(0, HALF), tl.arange(0, N), tl.arange(0, BLOCK_P)
-    token_s, valid_s = row_tokens(row_token_ptr, row_slots_ptr, row, s + first_slot)
-    q_at = (token_s[:, None] * groups + first_head // R) * N + n[None, :]
-    q_tn = tl.load(q_ptr + q_at, mask=valid_s[:, None], other=0.0)
-    k_sn = tl.load(k_ptr + q_at, mask=valid_s[:, None], other=0.0)
+    token, valid_s = row_tokens(row_token_ptr, row_slots_ptr, row, s + first_slot)
+    token += first_slot
+    to_group = (token * groups + first_head // R) * N
+    q_at = s[:, None] * (groups * N) + n[None, :]
+    v_at = s[:, None] * (H * P) + p[None, :]
+    q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_s[:, None], other=0.0)
+    k_sn = tl.load(k_ptr + to_group + q_at, mask=valid_s[:, None], other=0.0)
     scores_ts = tl.dot(q_tn, tl.trans(k_sn), input_precision=PRECISION)
     dscores_ts = tl.zeros([HALF, HALF], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
         slots = of_row * CHUNK + first_slot + s
-        v_at = (token_s[:, None] * H + head) * P + p[None, :]
+        to_head = (token * H + head) * P
         weight_ts = scale * _value_products(
-            do_ptr, v_ptr, v_at, v_at, valid_s, valid_s, P, BLOCK_P, PRECISION
+            do_ptr + to_head, v_ptr + to_head, v_at, valid_s, valid_s, P, BLOCK_P, PRECISION
         )
         decay_s = tl.load(decay_ptr + slots)
         decay_ts = tl.where(s[:, None] >= s[None, :], decay_s[:, None] - decay_s[None, :], float("-inf"))
@@ -126,13 +132,13 @@ def _diagonal_gradients(
         exponent_s = tl.sum(exponent_ts, 1) - tl.sum(exponent_ts, 0)
         tl.store(ddecay_ptr + slots, exponent_s)
         _add_value_gradients(
-            do_ptr, dv_ptr, v_at, v_at, scale * scores_ts * decay_ts, valid_s, valid_s, P, BLOCK_P, PRECISION
+            do_ptr + to_head, dv_ptr + to_head, v_at, scale * scores_ts * decay_ts, valid_s, valid_s, P, BLOCK_P, PRECISION
         )
     part = (tl.program_id(1) % (R // AT_ONCE)).to(tl.int64) * tokens * groups * N
     dscores_ts = dscores_ts.to(q_tn.dtype)
-    _add(dq_ptr + part, q_at, tl.dot(dscores_ts, k_sn, input_precision=PRECISION), valid_s[:, None])
+    _add(dq_ptr + part + to_group, q_at, tl.dot(dscores_ts, k_sn, input_precision=PRECISION), valid_s[:, None])
     dk_sn = tl.dot(tl.trans(dscores_ts), q_tn, input_precision=PRECISION)
-    _add(dk_ptr + part * DK_STRIDE, q_at, dk_sn, valid_s[:, None])
+    _add(dk_ptr + part * DK_STRIDE + to_group, q_at, dk_sn, valid_s[:, None])
 
 
 @triton.jit
@@ -147,24 +153,27 @@ def _second_half_gradients(
     first_head = tl.program_id(1) * AT_ONCE
     groups: tl.constexpr = H // R
     s, n, p = tl.arange(0, HALF), tl.arange(0, N), tl.arange(0, BLOCK_P)
-    token_s, valid_s = row_tokens(row_token_ptr, row_slots_ptr, row, s)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, s + HALF)
-    q_at = (token_t[:, None] * groups + first_head // R) * N + n[None, :]
-    k_at = (token_s[:, None] * groups + first_head // R) * N + n[None, :]
-    q_tn = tl.load(q_ptr + q_at, mask=valid_t[:, None], other=0.0)
-    k_sn = tl.load(k_ptr + k_at, mask=valid_s[:, None], other=0.0)
+    token, valid_s = row_tokens(row_token_ptr, row_slots_ptr, row, s)
+    _, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, s + HALF)
+    k_to_group = (token * groups + first_head // R) * N
+    q_to_group = k_to_group + HALF * groups * N
+    q_at = s[:, None] * (groups * N) + n[None, :]
+    v_at = s[:, None] * (H * P) + p[None, :]
+    q_tn = tl.load(q_ptr + q_to_group + q_at, mask=valid_t[:, None], other=0.0)
+    k_sn = tl.load(k_ptr + k_to_group + q_at, mask=valid_s[:, None], other=0.0)
     scores_ts = tl.dot(q_tn, tl.trans(k_sn), input_precision=PRECISION)
     dscores_ts = tl.zeros([HALF, HALF], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
         slots = of_row * CHUNK + s
-        do_at = (token_t[:, None] * H + head) * P + p[None, :]
-        v_at = (token_s[:, None] * H + head) * P + p[None, :]
+        v_head_ptr = v_ptr + (token * H + head) * P
+        dv_head_ptr = dv_ptr + (token * H + head) * P
+        do_head_ptr = do_ptr + ((token + HALF) * H + head) * P
         middle = tl.load(decay_ptr + of_row * CHUNK + HALF - 1)
         to_middle_s = tl.exp2(middle - tl.load(decay_ptr + slots))
         from_middle_t = scale * tl.exp2(tl.load(decay_ptr + slots + HALF) - middle)
         products_ts = to_middle_s[None, :] * _value_products(
-            do_ptr, v_ptr, do_at, v_at, valid_t, valid_s, P, BLOCK_P, PRECISION
+            do_head_ptr, v_head_ptr, v_at, valid_t, valid_s, P, BLOCK_P, PRECISION
         )
         exponent_ts = scores_ts * products_ts
         dscale_t = from_middle_t * tl.sum(exponent_ts, 1)
@@ -182,10 +191,10 @@ def _second_half_gradients(
         dscores_ts += from_middle_t[:, None] * products_ts
         weights_ts = scores_ts * from_middle_t[:, None] * to_middle_s[None, :]
         _add_value_gradients(
-            do_ptr, dv_ptr, do_at, v_at, weights_ts, valid_t, valid_s, P, BLOCK_P, PRECISION
+            do_head_ptr, dv_head_ptr, v_at, weights_ts, valid_t, valid_s, P, BLOCK_P, PRECISION
         )
     part = (tl.program_id(1) % (R // AT_ONCE)).to(tl.int64) * tokens * groups * N
     dscores_ts = dscores_ts.to(q_tn.dtype)
-    _add(dq_ptr + part, q_at, tl.dot(dscores_ts, k_sn, input_precision=PRECISION), valid_t[:, None])
+    _add(dq_ptr + part + q_to_group, q_at, tl.dot(dscores_ts, k_sn, input_precision=PRECISION), valid_t[:, None])
     dk_sn = tl.dot(tl.trans(dscores_ts), q_tn, input_precision=PRECISION)
-    _add(dk_ptr + part * DK_STRIDE, k_at, dk_sn, valid_s[:, None])
+    _add(dk_ptr + part * DK_STRIDE + k_to_group, q_at, dk_sn, valid_s[:, None])

@@ -62,9 +62,12 @@ def _key_gradients(
     first_head = tl.program_id(1) * AT_ONCE
     t, n = tl.arange(0, CHUNK), tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
-    k_at = (token_t[:, None] * (H // R) + first_head // R) * N + n[None, :]
-    k_tn = tl.load(k_ptr + k_at, mask=valid_t[:, None], other=0.0)
+    groups: tl.constexpr = H // R
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    to_group = (token * groups + first_head // R) * N
+    k_at = t[:, None] * (groups * N) + n[None, :]
+    v_at = t[:, None] * (H * P) + p[None, :]
+    k_tn = tl.load(k_ptr + to_group + k_at, mask=valid_t[:, None], other=0.0)
     is_left = tl.load(run_ptr + 4 * row + 1)
     piece = tl.load(run_ptr + 4 * row + 2)
     is_read = tl.load(run_ptr + 4 * row + 3) > piece
@@ -75,22 +78,22 @@ def _key_gradients(
         share_np = share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, row, head, f_np, H, N * P)
         state_np = tl.load(states_ptr + of_row * N * P + f_np, mask=is_left + 0 * f_np > 0, other=0.0)
         # One row reads a state of one chunk, so there is at most one piece.
-        piece_at = (piece.to(tl.int64) * H + head) * N * P + f_np
-        dpiece_np = tl.load(dpieces_ptr + piece_at, mask=is_read & (f_np >= 0), other=0.0)
+        piece_ptr = dpieces_ptr + (piece.to(tl.int64) * H + head) * N * P
+        dpiece_np = tl.load(piece_ptr + f_np, mask=is_read & (f_np >= 0), other=0.0)
         dstate_np = (share_np + dpiece_np.to(tl.float32)).to(k_tn.dtype)
         span = tl.sum(tl.sum(share_np * state_np.to(tl.float32), 1), 0)
         tl.store(spans_ptr + (block.to(tl.int64) * rows + row) * H + head, span)
 
-        v_at = (token_t[:, None] * H + head) * P + p[None, :]
-        v_tp = tl.load(v_ptr + v_at, mask=valid_t[:, None], other=0.0)
+        to_head = (token * H + head) * P
+        v_tp = tl.load(v_ptr + to_head + v_at, mask=valid_t[:, None], other=0.0)
         at_row = decay_ptr + of_row * CHUNK
         to_end_t = tl.exp2(tl.load(at_row + CHUNK - 1) - tl.load(at_row + t))
         dv_tp = to_end_t[:, None] * tl.dot(k_tn, dstate_np, input_precision=PRECISION)
-        tl.store(dv_ptr + v_at, dv_tp.to(v_tp.dtype), mask=valid_t[:, None])
+        tl.store(dv_ptr + to_head + v_at, dv_tp.to(v_tp.dtype), mask=valid_t[:, None])
         ddecay_at = (block.to(tl.int64) * rows * H + of_row) * CHUNK + t
         tl.store(ddecay_ptr + ddecay_at, tl.sum(dv_tp * v_tp.to(tl.float32), 1))
         weighted_tp = (v_tp * to_end_t[:, None]).to(v_tp.dtype)
         dk_tn = tl.dot(weighted_tp, tl.trans(dstate_np), dk_tn, input_precision=PRECISION)
     part = (tl.program_id(1) % (R // AT_ONCE)) * (P // BLOCK_P) + block
-    dk_ptr += part.to(tl.int64) * tokens * (H // R) * N
+    dk_ptr += part.to(tl.int64) * tokens * groups * N + to_group
     tl.store(dk_ptr + k_at, dk_tn, mask=valid_t[:, None])

@@ -57,26 +57,24 @@ def _outputs(
     first_head = tl.program_id(1) * AT_ONCE
     t, s, n = tl.arange(0, CHUNK), tl.arange(0, HALF), tl.arange(0, N)
     p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
-    token0_s, valid0_s = row_tokens(row_token_ptr, row_slots_ptr, row, s)
-    token1_s, valid1_s = row_tokens(row_token_ptr, row_slots_ptr, row, s + HALF)
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    _, valid0_s = row_tokens(row_token_ptr, row_slots_ptr, row, s)
+    _, valid1_s = row_tokens(row_token_ptr, row_slots_ptr, row, s + HALF)
     groups: tl.constexpr = H // R
-    group = first_head // R
-    q_tn = tl.load(
-        q_ptr + (token_t[:, None] * groups + group) * N + n[None, :], mask=valid_t[:, None], other=0.0
-    )
-    k0_sn = tl.load(
-        k_ptr + (token0_s[:, None] * groups + group) * N + n[None, :], mask=valid0_s[:, None], other=0.0
-    )
-    k1_sn = tl.load(
-        k_ptr + (token1_s[:, None] * groups + group) * N + n[None, :], mask=valid1_s[:, None], other=0.0
-    )
+    to_group = (token * groups + first_head // R) * N
+    k_at = s[:, None] * (groups * N) + n[None, :]
+    q_at = t[:, None] * (groups * N) + n[None, :]
+    q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_t[:, None], other=0.0)
+    k0_sn = tl.load(k_ptr + to_group + k_at, mask=valid0_s[:, None], other=0.0)
+    k1_sn = tl.load(k_ptr + to_group + HALF * groups * N + k_at, mask=valid1_s[:, None], other=0.0)
     scores0_ts = tl.dot(q_tn, tl.trans(k0_sn), input_precision=PRECISION)
     scores1_ts = tl.dot(q_tn, tl.trans(k1_sn), input_precision=PRECISION)
     is_first_t = t < HALF
     own_scores_ts = tl.where(is_first_t[:, None], scores0_ts, scores1_ts)
     causal_ts = (t % HALF)[:, None] >= s[None, :]
     read_from, read_to = tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)
+    v_at = s[:, None] * (H * P) + p[None, :]
+    o_at = t[:, None] * (H * P) + p[None, :]
 
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
@@ -86,10 +84,9 @@ def _outputs(
         gap, read_scale_t = load_read(
             read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, LEVELS > 0
         )
-        v0_at = (token0_s[:, None] * H + head) * P + p[None, :]
-        v0_sp = tl.load(v_ptr + v0_at, mask=valid0_s[:, None], other=0.0)
-        v1_at = (token1_s[:, None] * H + head) * P + p[None, :]
-        v1_sp = tl.load(v_ptr + v1_at, mask=valid1_s[:, None], other=0.0)
+        to_head = (token * H + head) * P
+        v0_sp = tl.load(v_ptr + to_head + v_at, mask=valid0_s[:, None], other=0.0)
+        v1_sp = tl.load(v_ptr + to_head + HALF * H * P + v_at, mask=valid1_s[:, None], other=0.0)
         decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
         decay0_s = tl.load(decay_ptr + of_row * CHUNK + s)
         decay1_s = tl.load(decay_ptr + of_row * CHUNK + HALF + s)
@@ -110,11 +107,10 @@ def _outputs(
 
         for read in range(read_from, read_to):
             run = tl.load(read_ptr + 3 * read).to(tl.int64)
-            state_np = tl.load(states_ptr + ((run * H + head) * N + n[:, None]) * P + p[None, :])
+            state_np = tl.load(states_ptr + (run * H + head) * N * P + (n[:, None] * P + p[None, :]))
             weight_t = read_scale_t * tl.exp2(decay_t + gap)
             gap, read_scale_t = load_read(
                 read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, LEVELS > 0
             )
             o_tp += weight_t[:, None] * tl.dot(q_tn, state_np, input_precision=PRECISION)
-        o_at = (token_t[:, None] * H + head) * P + p[None, :]
-        tl.store(o_ptr + o_at, (o_tp * scale).to(v0_sp.dtype), mask=valid_t[:, None])
+        tl.store(o_ptr + to_head + o_at, (o_tp * scale).to(v0_sp.dtype), mask=valid_t[:, None])

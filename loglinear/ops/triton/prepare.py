@@ -55,9 +55,9 @@ def _sum_within_chunks(
     row = tl.program_id(0)
     t = tl.arange(0, CHUNK)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     valid_th = valid_t[:, None] & (h < H)[None, :]
-    g_th = tl.load(g_ptr + token_t[:, None] * H + h[None, :], mask=valid_th, other=0.0).to(tl.float32)
+    g_th = tl.load(g_ptr + token * H + t[:, None] * H + h[None, :], mask=valid_th, other=0.0).to(tl.float32)
     decay_th = tl.cumsum(g_th, 0) * LOG2_E
     out_th = (row.to(tl.int64) * H + h[None, :]) * CHUNK + t[:, None]
     tl.store(decay_ptr + out_th, decay_th, mask=(h < H)[None, :] & (t >= 0)[:, None])
@@ -95,12 +95,13 @@ def _to_slots_innermost(
     row, head = tl.program_id(0), tl.program_id(1)
     t = tl.arange(0, CHUNK)
     level = tl.arange(0, BLOCK)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     exists_l = level < L
-    in_tl = (token_t[:, None] * H + head) * L + level[None, :]
+    scales_ptr += (token * H + head) * L
+    in_tl = t[:, None] * H * L + level[None, :]
     scales_tl = tl.load(scales_ptr + in_tl, mask=valid_t[:, None] & exists_l[None, :], other=0.0)
-    out_lt = ((row.to(tl.int64) * H + head) * L + level[:, None]) * CHUNK + t[None, :]
-    tl.store(out_ptr + out_lt, tl.trans(scales_tl), mask=exists_l[:, None] & (t >= 0)[None, :])
+    out_ptr += (row.to(tl.int64) * H + head) * L * CHUNK
+    tl.store(out_ptr + level[:, None] * CHUNK + t[None, :], tl.trans(scales_tl), mask=exists_l[:, None] & (t >= 0)[None, :])
 
 
 def levels_innermost(dscales_chlt: torch.Tensor, tokens: int, tables: Tables) -> torch.Tensor:
@@ -122,10 +123,11 @@ def _to_levels_innermost(
     row, head = tl.program_id(0), tl.program_id(1)
     t = tl.arange(0, CHUNK)
     level = tl.arange(0, BLOCK)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     read_l = (tl.load(row_levels_ptr + row) >> level) & 1 == 1
     written_l = (level < L) & ((level < FIRST_READ_LEVEL) | read_l)
-    in_lt = ((row.to(tl.int64) * H + head) * L + level[:, None]) * CHUNK + t[None, :]
+    dscales_ptr += (row.to(tl.int64) * H + head) * L * CHUNK
+    in_lt = level[:, None] * CHUNK + t[None, :]
     dscales_lt = tl.load(dscales_ptr + in_lt, mask=written_l[:, None] & (t >= 0)[None, :], other=0.0)
-    out_tl = (token_t[:, None] * H + head) * L + level[None, :]
-    tl.store(out_ptr + out_tl, tl.trans(dscales_lt), mask=valid_t[:, None] & (level < L)[None, :])
+    out_ptr += (token * H + head) * L
+    tl.store(out_ptr + t[:, None] * H * L + level[None, :], tl.trans(dscales_lt), mask=valid_t[:, None] & (level < L)[None, :])

@@ -59,11 +59,14 @@ def _query_gradients(
 ):  # fmt: skip
     row = tl.program_id(0)
     first_head = tl.program_id(1) * AT_ONCE
-    group = first_head // R
+    groups: tl.constexpr = H // R
     t, n, p = tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, BLOCK_P)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
-    q_at = (token_t[:, None] * (H // R) + group) * N + n[None, :]
-    q_tn = tl.load(q_ptr + q_at, mask=valid_t[:, None], other=0.0)
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    to_group = (token * groups + first_head // R) * N
+    q_at = t[:, None] * (groups * N) + n[None, :]
+    do_at = t[:, None] * (H * P) + p[None, :]
+    state_at = n[:, None] * P + p[None, :]
+    q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_t[:, None], other=0.0)
     read_from, read_to = tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)
     dq_tn = tl.zeros([CHUNK, N], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
@@ -74,15 +77,15 @@ def _query_gradients(
         gap, scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, SCALED)
         decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
         ddecay_t = tl.zeros([CHUNK], tl.float32)
-        do_at = do_ptr + (token_t[:, None] * H + head) * P + p[None, :]
-        do_tp = tl.load(do_at, mask=valid_t[:, None], other=0.0)
+        do_head_ptr = do_ptr + (token * H + head) * P
+        do_tp = tl.load(do_head_ptr + do_at, mask=valid_t[:, None], other=0.0)
         for read in range(read_from, read_to):
             run = tl.load(read_ptr + 3 * read).to(tl.int64)
-            state_at = states_ptr + ((run * H + head) * N + n[:, None]) * P + p[None, :]
-            dread_tn = tl.dot(do_tp, tl.trans(tl.load(state_at)), input_precision=PRECISION)
+            state_ptr = states_ptr + (run * H + head) * N * P
+            dread_tn = tl.dot(do_tp, tl.trans(tl.load(state_ptr + state_at)), input_precision=PRECISION)
             for block in tl.static_range(BLOCK_P, P, BLOCK_P):
-                do_more_tp = tl.load(do_at + block, mask=valid_t[:, None], other=0.0)
-                state_pn = tl.trans(tl.load(state_at + block))
+                do_more_tp = tl.load(do_head_ptr + block + do_at, mask=valid_t[:, None], other=0.0)
+                state_pn = tl.trans(tl.load(state_ptr + block + state_at))
                 dread_tn = tl.dot(do_more_tp, state_pn, dread_tn, input_precision=PRECISION)
             weight_t = scale * tl.exp2(decay_t + gap)
             scale_now_t = scale_t
@@ -100,5 +103,5 @@ def _query_gradients(
             tl.store(dreads_ptr + (height * rows + row) * H + head, tl.sum(dscale_t, 0))
         tl.store(ddecay_ptr + of_row * CHUNK + t, ddecay_t)
     part = tl.program_id(1) % (R // AT_ONCE)
-    dq_ptr += part.to(tl.int64) * tokens * (H // R) * N
+    dq_ptr += part.to(tl.int64) * tokens * groups * N + to_group
     tl.store(dq_ptr + q_at, dq_tn, mask=valid_t[:, None])

@@ -51,11 +51,12 @@ def _chunk_states(
     t = tl.arange(0, CHUNK)
     n = tl.program_id(2) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
     p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
-    token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
-    k_at = (token_t[:, None] * (H // R) + head // R) * N + n[None, :]
-    k_tn = tl.load(k_ptr + k_at, mask=valid_t[:, None], other=0.0)
-    v_at = (token_t[:, None] * H + head) * P + p[None, :]
-    v_tp = tl.load(v_ptr + v_at, mask=valid_t[:, None], other=0.0)
+    token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+    groups: tl.constexpr = H // R
+    k_ptr += (token * groups + head // R) * N
+    k_tn = tl.load(k_ptr + t[:, None] * (groups * N) + n[None, :], mask=valid_t[:, None], other=0.0)
+    v_ptr += (token * H + head) * P
+    v_tp = tl.load(v_ptr + t[:, None] * (H * P) + p[None, :], mask=valid_t[:, None], other=0.0)
     decay_ptr += (row.to(tl.int64) * H + head) * CHUNK
     to_end_t = tl.exp2(tl.load(decay_ptr + CHUNK - 1) - tl.load(decay_ptr + t))
     weighted_tp = (v_tp * to_end_t[:, None]).to(v_tp.dtype)
@@ -73,7 +74,8 @@ def _merge(
     f = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     left, right = tl.load(merge_ptr + 2 * merge), tl.load(merge_ptr + 2 * merge + 1).to(tl.int64)
     decay = tl.exp2(tl.load(run_decay_ptr + left * H + head, mask=left >= 0, other=0.0))
-    left_f = tl.load(states_ptr + (left.to(tl.int64) * H + head) * F + f, mask=left + 0 * f >= 0, other=0.0)
+    left_ptr = states_ptr + (left.to(tl.int64) * H + head) * F
+    left_f = tl.load(left_ptr + f, mask=left + 0 * f >= 0, other=0.0)
     right_f = tl.load(states_ptr + (right * H + head) * F + f)
     merged_f = right_f + decay * left_f.to(tl.float32)
     out = (merge + rows).to(tl.int64) * H + head

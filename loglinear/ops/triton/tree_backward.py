@@ -72,6 +72,9 @@ def _piece_gradients(
     piece_ptr += 5 * piece
     since, level, out = tl.load(piece_ptr + 2), tl.load(piece_ptr + 3), tl.load(piece_ptr + 4)
     first, end = tl.load(piece_ptr), tl.load(piece_ptr + 1)
+    groups: tl.constexpr = H // R
+    q_at = t[:, None] * (groups * N) + n[None, :]
+    do_at = t[:, None] * (H * P) + p[None, :]
     run_end = tl.load(boundary_ptr + since * H + head)
     dstate_np = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     decay_t, scale_t = _load_weights(
@@ -82,11 +85,10 @@ def _piece_gradients(
         decay_t, scale_t = _load_weights(
             decay_ptr, boundary_ptr, scales_ptr, run_end, min(row + 1, end - 1), level, head, t, L, H, CHUNK, SCALED
         )  # fmt: skip
-        token_t, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
-        q_at = (token_t[:, None] * (H // R) + head // R) * N + n[None, :]
-        q_tn = tl.load(q_ptr + q_at, mask=valid_t[:, None], other=0.0)
-        do_at = (token_t[:, None] * H + head) * P + p[None, :]
-        do_tp = tl.load(do_ptr + do_at, mask=valid_t[:, None], other=0.0)
+        token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+        to_group = (token * groups + head // R) * N
+        q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_t[:, None], other=0.0)
+        do_tp = tl.load(do_ptr + (token * H + head) * P + do_at, mask=valid_t[:, None], other=0.0)
         weighted_tp = (do_tp * weight_t[:, None]).to(do_tp.dtype)
         dstate_np = tl.dot(tl.trans(q_tn), weighted_tp, dstate_np, input_precision=PRECISION)
     dpieces_ptr += (out * H + head) * N * P
@@ -120,8 +122,8 @@ def share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, run, head, f, H: tl
     """What a run's gradient gets from its parent's, at the positions `f` of a state."""
     parent = tl.load(run_ptr + 4 * run)
     decay = tl.exp2(tl.load(run_decay_ptr + run * H + head))
-    at_parent = ((parent - rows).to(tl.int64) * H + head) * F + f
-    return decay * tl.load(druns_ptr + at_parent, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
+    parent_ptr = druns_ptr + ((parent - rows).to(tl.int64) * H + head) * F
+    return decay * tl.load(parent_ptr + f, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -134,13 +136,11 @@ def _run_gradients(
     span = tl.zeros([], tl.float32)
     for start in range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
-        state_at = states_ptr + (run.to(tl.int64) * H + head) * F + f
-        state_f = tl.load(state_at, mask=is_left + 0 * f > 0, other=0.0).to(tl.float32)
+        state_ptr = states_ptr + (run.to(tl.int64) * H + head) * F
+        state_f = tl.load(state_ptr + f, mask=is_left + 0 * f > 0, other=0.0).to(tl.float32)
         gradient_f = share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, run, head, f, H, F)
         span += tl.sum(gradient_f * state_f, 0)
         for piece in range(tl.load(run_ptr + 4 * run + 2), tl.load(run_ptr + 4 * run + 3)):
-            piece_at = (tl.cast(piece, tl.int64) * H + head) * F + f
-            gradient_f += tl.load(dpieces_ptr + piece_at).to(tl.float32)
-        out = ((run - rows).to(tl.int64) * H + head) * F + f
-        tl.store(druns_ptr + out, gradient_f.to(druns_ptr.dtype.element_ty))
+            gradient_f += tl.load(dpieces_ptr + (tl.cast(piece, tl.int64) * H + head) * F + f).to(tl.float32)
+        tl.store(druns_ptr + ((run - rows).to(tl.int64) * H + head) * F + f, gradient_f.to(druns_ptr.dtype.element_ty))
     tl.store(spans_ptr + run.to(tl.int64) * H + head, span)
