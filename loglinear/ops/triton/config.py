@@ -41,7 +41,7 @@ class Sizes:
         return "tf32x3" if self.dtype == torch.float32 else "tf32"
 
     def heads_at_once(self, rows: int, limit: int) -> int:
-        """Heads of a group that one program handles, so that there are enough programs."""
-        fitting = [n for n in range(1, limit + 1) if self.per_group % n == 0]
+        """Heads of a group that one program handles, a power of two, so that there are enough programs."""
+        fitting = [1 << n for n in range(limit.bit_length()) if self.per_group % (1 << n) == 0]
         busy = [n for n in fitting if rows * self.heads // n >= ENOUGH_PROGRAMS]
         return max(busy, default=1)

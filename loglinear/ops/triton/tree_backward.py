@@ -30,32 +30,34 @@ def piece_gradients(
 ) -> torch.Tensor:
     """Gradients of the states of runs from the readers in each piece: [pieces, H, N, P]."""
     dpieces_yhnp = do_thp.new_empty(tables.pieces, sizes.heads, sizes.state, sizes.value)
-    block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
-    grid = (sizes.heads, tables.pieces, sizes.state // block_n * (sizes.value // block_p))
+    block_n, block_p = min(sizes.state, 128), min(sizes.value, 128)
+    at_once = sizes.heads_at_once(tables.pieces, 128 // block_p)
+    grid = (sizes.heads // at_once, tables.pieces, sizes.state // block_n * (sizes.value // block_p))
     if tables.pieces:
         _piece_gradients[grid](
             q_tgn, do_thp, scales_chlt, decays.slot_cht, decays.boundary_xh, dpieces_yhnp,
             tables.row_token, tables.row_slots, tables.piece, scale,
             0 if scales_chlt is None else scales_chlt.shape[2],
             H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-            BLOCK_N=block_n, BLOCK_P=block_p, SCALED=scales_chlt is not None, PRECISION=sizes.precision,
-            num_warps=4, num_stages=2,
+            BLOCK_N=block_n, BLOCK_P=block_p, AT_ONCE=at_once, SCALED=scales_chlt is not None,
+            PRECISION=sizes.precision, num_warps=8 if at_once * block_p > 64 else 4, num_stages=2,
         )  # fmt: skip
     return dpieces_yhnp
 
 
 @triton.jit
 def _load_weights(
-    decay_ptr, boundary_ptr, scales_ptr, run_end, row, level, head, t, L,
+    decay_ptr, boundary_ptr, scales_ptr, run_end_h, row, level, h, t, L,
     H: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """What weighs a row's read of a run: the decay from the run's end to each slot, and the level's scale."""
-    of_row = row * H + head
-    gap = (tl.load(boundary_ptr + of_row) - run_end).to(tl.float32)
-    scale_t = tl.full([CHUNK], 1.0, tl.float32)
+    of_row_h = row * H + h
+    gap_h = (tl.load(boundary_ptr + of_row_h) - run_end_h).to(tl.float32)
+    decay_th = tl.load(decay_ptr + of_row_h[None, :] * CHUNK + t[:, None]) + gap_h[None, :]
+    scale_th = tl.full(decay_th.shape, 1.0, tl.float32)
     if SCALED:
-        scale_t = tl.load(scales_ptr + (of_row * L + level) * CHUNK + t).to(tl.float32)
-    return tl.load(decay_ptr + of_row * CHUNK + t) + gap, scale_t
+        scale_th = tl.load(scales_ptr + (of_row_h * L + level)[None, :] * CHUNK + t[:, None]).to(tl.float32)
+    return decay_th, scale_th
 
 
 @triton.jit
@@ -63,36 +65,42 @@ def _piece_gradients(
     q_ptr, do_ptr, scales_ptr, decay_ptr, boundary_ptr, dpieces_ptr,
     row_token_ptr, row_slots_ptr, piece_ptr, scale, L,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t = tl.arange(0, CHUNK)
+    first_head, piece = tl.program_id(0) * AT_ONCE, tl.program_id(1)
+    t, h = tl.arange(0, CHUNK), first_head.to(tl.int64) + tl.arange(0, AT_ONCE)
     n = tl.program_id(2) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = tl.arange(0, AT_ONCE * BLOCK_P)  # the values of several heads side by side
+    first_p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P
     piece_ptr += 5 * piece
     since, level, out = tl.load(piece_ptr + 2), tl.load(piece_ptr + 3), tl.load(piece_ptr + 4)
     first, end = tl.load(piece_ptr), tl.load(piece_ptr + 1)
     groups: tl.constexpr = H // R
     q_at = t[:, None] * (groups * N) + n[None, :]
-    do_at = t[:, None] * (H * P) + p[None, :]
-    run_end = tl.load(boundary_ptr + since * H + head)
-    dstate_np = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    decay_t, scale_t = _load_weights(
-        decay_ptr, boundary_ptr, scales_ptr, run_end, first, level, head, t, L, H, CHUNK, SCALED
+    do_at = t[:, None] * (H * P) + column[None, :]
+    run_end_h = tl.load(boundary_ptr + since * H + h)
+    dstate_nf = tl.zeros([BLOCK_N, AT_ONCE * BLOCK_P], tl.float32)
+    decay_th, scale_th = _load_weights(
+        decay_ptr, boundary_ptr, scales_ptr, run_end_h, first, level, h, t, L, H, CHUNK, SCALED
     )
     for row in range(first, end):
-        weight_t = scale * scale_t * tl.exp2(decay_t)
-        decay_t, scale_t = _load_weights(
-            decay_ptr, boundary_ptr, scales_ptr, run_end, min(row + 1, end - 1), level, head, t, L, H, CHUNK, SCALED
+        weight_th = scale * scale_th * tl.exp2(decay_th)
+        weight_thp = tl.broadcast_to(weight_th[:, :, None], [CHUNK, AT_ONCE, BLOCK_P])
+        decay_th, scale_th = _load_weights(
+            decay_ptr, boundary_ptr, scales_ptr, run_end_h, min(row + 1, end - 1), level, h, t, L, H, CHUNK, SCALED
         )  # fmt: skip
         token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
-        to_group = (token * groups + head // R) * N
-        q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_t[:, None], other=0.0)
-        do_tp = tl.load(do_ptr + (token * H + head) * P + do_at, mask=valid_t[:, None], other=0.0)
-        weighted_tp = (do_tp * weight_t[:, None]).to(do_tp.dtype)
-        dstate_np = tl.dot(tl.trans(q_tn), weighted_tp, dstate_np, input_precision=PRECISION)
-    dpieces_ptr += (out * H + head) * N * P
-    tl.store(dpieces_ptr + n[:, None] * P + p[None, :], dstate_np.to(dpieces_ptr.dtype.element_ty))
+        q_row_ptr = q_ptr + (token * groups + first_head // R) * N
+        q_tn = tl.load(q_row_ptr + q_at, mask=valid_t[:, None], other=0.0)
+        do_row_ptr = do_ptr + (token * H + first_head) * P + first_p
+        do_tf = tl.load(do_row_ptr + do_at, mask=valid_t[:, None], other=0.0)
+        weighted_tf = (do_tf * tl.reshape(weight_thp, [CHUNK, AT_ONCE * BLOCK_P])).to(do_tf.dtype)
+        dstate_nf = tl.dot(tl.trans(q_tn), weighted_tf, dstate_nf, input_precision=PRECISION)
+    dpieces_ptr += (out.to(tl.int64) * H + first_head) * N * P
+    out_f = column // BLOCK_P * (N * P) + column % BLOCK_P + first_p
+    dstate_nf = dstate_nf.to(dpieces_ptr.dtype.element_ty)
+    tl.store(dpieces_ptr + n[:, None] * P + out_f[None, :], dstate_nf)
 
 
 def run_gradients(
