@@ -27,9 +27,7 @@ def preparation_lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=PATIENCE)
     except Timeout:
-        raise UserError(
-            f"another process is preparing {folder}; wait for it, or set another data.dir"
-        ) from None
+        raise UserError(f"another process is preparing {folder}; wait for it, or set another data.dir") from None
     try:
         yield
     finally:
@@ -61,8 +59,7 @@ def preparation_ended(folder: Path) -> UserError:
     tail = log_tail(folder)
     said = f"; its last words:\n{tail}" if tail else ""
     return UserError(
-        f"the preparation of {folder} ended before it was complete:"
-        f" run `{PREPARE_COMMAND}` to continue it{said}"
+        f"the preparation of {folder} ended before it was complete: run `{PREPARE_COMMAND}` to continue it{said}"
     )
 
 

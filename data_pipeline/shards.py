@@ -52,9 +52,7 @@ class Contents:
         (self.held_out if item.held_out else self.train).append(item)
 
 
-def write_shard(
-    folder: Path, number: int, first_item: int, contents: Contents, preparation: Preparation
-) -> Shard:
+def write_shard(folder: Path, number: int, first_item: int, contents: Contents, preparation: Preparation) -> Shard:
     """Write the token files of shard `number` and then its record.
 
     Raises:

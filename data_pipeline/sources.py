@@ -36,9 +36,7 @@ class Skipped:
     reason: str
 
 
-def iterate_documents(
-    sources: Sequence[SourceConfig], seed: int, skip: int = 0
-) -> Iterator[Document | Skipped]:
+def iterate_documents(sources: Sequence[SourceConfig], seed: int, skip: int = 0) -> Iterator[Document | Skipped]:
     """All documents of all sources, one source after the other, without the first `skip` items.
 
     The files of a folder come shuffled by `seed`, for neighbours by name are alike, and training shuffles
@@ -106,9 +104,7 @@ def _local(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
         raise UserError(f"data.sources: no file {path}; correct the path of this {source.kind} source")
     with tempfile.TemporaryDirectory() as cache:
         for file in files:
-            rows = _guarded(
-                _local_rows(source, file, cache), lambda error, file=file: _bad_file(file, source, error)
-            )
+            rows = _guarded(_local_rows(source, file, cache), lambda error, file=file: _bad_file(file, source, error))
             yield from _documents(rows, source.text_field, file)
 
 
@@ -155,9 +151,7 @@ def _guarded(rows: Iterable[Any], explain: Callable[[Exception], UserError]) -> 
 
 def _bad_file(file: str, source: SourceConfig, error: Exception) -> UserError:
     if isinstance(error, UnicodeDecodeError):
-        return UserError(
-            f"data.sources: {file} is not UTF-8; convert it, such as with `iconv -f LATIN1 -t UTF-8`"
-        )
+        return UserError(f"data.sources: {file} is not UTF-8; convert it, such as with `iconv -f LATIN1 -t UTF-8`")
     return UserError(
         f"data.sources: {file} is not readable as {source.kind} ({_first_line(error)}); repair or remove it"
     )
@@ -172,9 +166,7 @@ def _documents(rows: Iterable[dict[str, Any]], field: str, origin: str) -> Itera
     for number, row in enumerate(rows):
         if field not in row:
             known = ", ".join(sorted(row))
-            raise UserError(
-                f"data.sources: {origin} has no field {field!r}; set text_field to one of: {known}"
-            )
+            raise UserError(f"data.sources: {origin} has no field {field!r}; set text_field to one of: {known}")
         text = row[field]
         if text is not None and not isinstance(text, str):
             raise UserError(

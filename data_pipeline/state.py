@@ -40,9 +40,7 @@ class DataState(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
-            raise UserError(
-                f"the checkpoint's data state is unreadable ({where}: {problem['msg']})"
-            ) from None
+            raise UserError(f"the checkpoint's data state is unreadable ({where}: {problem['msg']})") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The state as what JSON can hold."""

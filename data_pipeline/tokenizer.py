@@ -78,13 +78,9 @@ class Tokenizer:
             proto = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot read this tokenizer ({error.strerror}); correct its path"
-            ) from None
+            raise UserError(f"{path}: cannot read this tokenizer ({error.strerror}); correct its path") from None
         except RuntimeError:
-            raise UserError(
-                f"{path} is no sentencepiece model; delete it and prepare the data again"
-            ) from None
+            raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again") from None
         self.vocab_size: int = self._model.get_piece_size()
         if self.vocab_size == 0:
             raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again")
@@ -95,9 +91,7 @@ class Tokenizer:
             raise UserError(f"{path} has no bos piece, which must start every document; train it with bos_id")
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if self.unk_id in mark:
-            raise UserError(
-                f"{path} has no byte pieces, so some text would be lost; train it with byte_fallback"
-            )
+            raise UserError(f"{path} has no byte pieces, so some text would be lost; train it with byte_fallback")
         self._mark = mark
         # Lines are encoded twice as fast as whole documents; the pieces agree when no piece spans a newline.
         self._by_line = self._encode("a\n b") == self._encode("a\n") + self._encode(" b")

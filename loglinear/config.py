@@ -5,33 +5,50 @@ Nothing here imports torch, so a mistake is found before anything is allocated.
 
 from __future__ import annotations
 
-import difflib
+import re
 import typing
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from loglinear.config_text import apply_override, explain, read_yaml
 from loglinear.errors import UserError
 
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
-LevelScaleName = Literal[
-    "none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"
-]
+Beta = typing.Annotated[float, Field(ge=0.0, lt=1.0)]
+LevelScaleName = Literal["none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"]
 MixerName = Literal["log_linear", "softmax"]
+SOURCE_OPTIONS = {  # which kinds of source each of these belongs to
+    "pattern": ("folder",),
+    "subset": ("hub",),
+    "split": ("hub",),
+    "text_field": ("hub", "jsonl", "parquet"),
+}
 
 
 class Section(BaseModel):
     """A part of the configuration: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
-    name: str = Field("run", pattern=r"^[\w.\-]+$")
+    """What a run is called, where it writes (`dir`, by default runs/`name`), and what its weights start from."""
+
+    name: str = "run"
     dir: Path | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not re.fullmatch(r"\w[\w.\-]*", self.name):
+            raise ValueError(
+                f"name {self.name!r} names a folder: take letters, digits, dots, dashes and underscores,"
+                " and begin with none of the marks"
+            )
+        return self
 
     @property
     def folder(self) -> Path:
@@ -63,7 +80,7 @@ class SoftmaxConfig(Section):
 
     heads: PositiveInt = 4
     head_dim: PositiveInt = 64
-    rope_base: float = Field(10_000.0, gt=1.0)
+    rope_base: float = Field(default=10_000.0, gt=1.0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -79,13 +96,19 @@ class ModelConfig(Section):
     seq_len: PositiveInt = 512
     dim: PositiveInt = 256
     layers: PositiveInt = 4
-    pattern: tuple[MixerName, ...] = Field(("log_linear",), min_length=1)
+    pattern: tuple[MixerName, ...] = Field(default=("log_linear",), min_length=1)
     log_linear: LogLinearConfig = LogLinearConfig()
     softmax: SoftmaxConfig = SoftmaxConfig()
     mlp_dim: PositiveInt = 768
     tie_embeddings: bool = True
-    norm_eps: float = Field(1e-5, gt=0)
-    init_std: float = Field(0.02, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.pattern) > self.layers:
+            raise ValueError(f"pattern names {len(self.pattern)} mixers, but there are only {self.layers} layers")
+        return self
 
     def mixer_of(self, layer: int) -> MixerName:
         """The mixer of layer `layer` (0-based): the pattern is repeated along the depth."""
@@ -112,6 +135,9 @@ class SourceConfig(Section):
             raise ValueError("kind stdlib takes no path: it is the running Python's own source")
         if self.kind != "stdlib" and not self.path:
             raise ValueError(f"kind {self.kind} needs a path")
+        for option, kinds in SOURCE_OPTIONS.items():
+            if self.kind not in kinds and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"{option} belongs to kind {' or '.join(kinds)}, and does nothing for {self.kind}")
         return self
 
 
@@ -123,35 +149,38 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    """Prepared token shards in `dir`, made from `sources`; documents whose hash falls under `held_out` are not trained on."""
+    """Prepared token shards in `dir`, made from `sources`.
+
+    Documents whose hash falls under `held_out` are kept for evaluation.
+    """
 
     dir: Path = Path("data/prepared")
-    sources: tuple[SourceConfig, ...] = Field((SourceConfig(kind="stdlib"),), min_length=1)
+    sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig(kind="stdlib"),), min_length=1)
     tokenizer: TokenizerConfig = TokenizerConfig()
-    held_out: float = Field(0.02, gt=0, lt=1)
+    held_out: float = Field(default=0.02, gt=0, lt=1)
     shard_tokens: PositiveInt = 4_194_304
     prepare_workers: PositiveInt = 2
     seed: int = 0
     shuffle_window: PositiveInt = 4096
-    loader_workers: int = Field(1, ge=0)
+    loader_workers: int = Field(default=1, ge=0)
 
 
 class OptimizerConfig(Section):
     """AdamW; weight decay acts on matrices alone."""
 
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
 
 
 class ScheduleConfig(Section):
     """Linear warm-up to the peak, then a cosine to `final_ratio`, or constant with a linear decay at the end (WSD)."""
 
     kind: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
     final_ratio: Fraction = 0.1
 
     @model_validator(mode="after")
@@ -172,7 +201,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[1, 2, 3] = 1
     activation_checkpointing: bool = False
-    peak_tflops: float | None = Field(None, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -203,7 +232,7 @@ class EvalConfig(Section):
     every: PositiveInt = 250
     samples: PositiveInt = 256
     prompt: str = "def "
-    generate_tokens: int = Field(64, ge=0)
+    generate_tokens: int = Field(default=64, ge=0)
 
 
 class MonitorConfig(Section):
@@ -219,6 +248,12 @@ class CheckpointConfig(Section):
     every: PositiveInt = 250
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(f"keep_every ({self.keep_every}) must be a multiple of every ({self.every})")
+        return self
 
 
 class Config(Section):
@@ -243,6 +278,15 @@ class Config(Section):
             )
         return self
 
+    def with_absolute_paths(self) -> Config:
+        """The same run, described so that any working directory will do to read what it writes."""
+        tokenizer = self.data.tokenizer
+        if tokenizer.path is not None:
+            tokenizer = tokenizer.model_copy(update={"path": tokenizer.path.absolute()})
+        data = self.data.model_copy(update={"dir": self.data.dir.absolute(), "tokenizer": tokenizer})
+        run = self.run.model_copy(update={"dir": self.run.folder.absolute()})
+        return self.model_copy(update={"data": data, "run": run})
+
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -254,83 +298,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, or values contradict each other.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file; the examples are in configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: the top level must be sections such as `model:` and `train:`")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {override!r}: write it as section.key=value, such as optimizer.lr=1e-3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
-    node = tree
-    for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {key!r} is a value, not a section")
-        node = child
-    node[keys[-1]] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem of a failed validation as one sentence."""
-    problem = error.errors()[0]
-    location, kind = problem["loc"], problem["type"]
-    name = ".".join(str(part) for part in location)
-    if kind == "extra_forbidden":
-        return f"unknown key {name!r}; {_nearest(location)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{name}: {message}" if name else message
-    shown = repr(problem["input"])
-    return f"{name} = {shown if len(shown) < 60 else type(problem['input']).__name__}: {message}"
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    """A hint: the known key most like the unknown one at `location`."""
-    known = {name: ".".join((*path, name)) for path, section in _sections() for name in section.model_fields}
-    siblings = next((s.model_fields for path, s in _sections() if path == _path(location[:-1])), {})
-    unknown = str(location[-1])
-    match = difflib.get_close_matches(unknown, siblings, 1) or difflib.get_close_matches(unknown, known, 1)
-    if not match:
-        return f"known there: {', '.join(siblings)}"
-    full = ".".join((*_path(location[:-1]), match[0])) if match[0] in siblings else known[match[0]]
-    return f"did you mean {full!r}?"
-
-
-def _path(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    return tuple(part for part in location if isinstance(part, str))
-
-
-def _sections(
-    section: type[Section] = Config, path: tuple[str, ...] = ()
-) -> typing.Iterator[tuple[tuple[str, ...], type[Section]]]:
-    """Every section of the configuration with its dotted path."""
-    yield path, section
-    for name, field in section.model_fields.items():
-        for annotation in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(annotation, type) and issubclass(annotation, Section):
-                yield from _sections(annotation, (*path, name))
+        raise UserError(f"{path}: {explain(error, Config)}") from None

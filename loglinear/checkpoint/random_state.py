@@ -20,5 +20,5 @@ def random_state() -> dict[str, torch.Tensor]:
 def restore_random_state(shard: Any) -> None:
     """Set the generators from an open shard; a GPU's state is left alone where it was saved without one."""
     torch.set_rng_state(shard.get_tensor(CPU))
-    if torch.cuda.is_available() and GPU in shard.keys():
+    if torch.cuda.is_available() and GPU in set(shard.keys()):
         torch.cuda.set_rng_state(shard.get_tensor(GPU))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,21 @@ class Snapshot:
         return files.step_of(self.folder)
 
 
+def read_latest(root: Path) -> Snapshot:
+    """The last complete checkpoint in `root`, for one process that only reads; every file is verified.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folders = files.complete_checkpoints(root)
+    if not folders:
+        raise UserError(f"{root} holds no complete checkpoint: train until checkpoint.every steps are made")
+    snapshot, shards = _open(folders[-1])
+    for name, digest in shards.items():
+        files.verify_shard(snapshot.folder, name, digest)
+    return snapshot
+
+
 class CheckpointStore:
     """The checkpoints in `root`; "latest" is the last complete one, never a file that could lie."""
 
@@ -49,10 +64,10 @@ class CheckpointStore:
         folder = self._world.from_first(next(reversed(files.complete_checkpoints(self._root)), None))
         if folder is None:
             return None
-        shards = files.read_json(folder, files.INDEX)["sha256"]
+        snapshot, shards = _open(folder)
         mine = sorted(shards)[self._world.rank :: self._world.size]
-        self._together(lambda: [files.verify_shard(folder, name, shards[name]) for name in mine])
-        return Snapshot(folder, files.read_json(folder, files.STATE))
+        self._world.together(lambda: [files.verify_shard(folder, name, shards[name]) for name in mine])
+        return snapshot
 
     def restore(self, snapshot: Snapshot, engine: Any) -> None:
         """Fill a DeepSpeed engine's master weights, moments and step count, and this rank's random state.
@@ -78,32 +93,28 @@ class CheckpointStore:
         temporary = self._root / (files.folder_name(step) + files.TEMPORARY)
         state = state | {"ranks": self._world.size, "optimizer_step": optimizer_step(engine)}
         try:
-            self._together(lambda: self._make_folder(temporary))
-            shards = self._together(lambda: self._write_shard(temporary, list(fragments(engine))))
-            folder = self._together(lambda: self._complete(temporary, shards, state))[0]
+            self._saving(lambda: self._make_folder(temporary))
+            shards = self._saving(lambda: self._write_shard(temporary, list(fragments(engine))))
+            folder = self._saving(lambda: self._complete(temporary, shards, state))[0]
         except UserError:
             if self._world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         return folder
 
-    def _together(self, action: Any) -> list[Any]:
-        """Every rank's result of `action`; if it fails on one, all raise the same error."""
-        error = value = None
-        try:
-            value = action()
-        except UserError as failure:
-            error = str(failure)
-        except OSError as failure:
-            error = (
-                f"cannot save a checkpoint in {self._root} on rank {self._world.rank} "
-                f"({failure.strerror or failure}): make room there and start again; the last complete one stays"
-            )
-        results = self._world.gather((error, value))
-        for message, _ in results:
-            if message is not None:
-                raise UserError(message)
-        return [value for _, value in results]
+    def _saving(self, action: Callable[[], Any]) -> list[Any]:
+        """Every rank's result of a part of saving; if it fails on one, all raise the same error."""
+
+        def explained() -> Any:
+            try:
+                return action()
+            except OSError as failure:
+                raise UserError(
+                    f"cannot save a checkpoint in {self._root} on rank {self._world.rank} "
+                    f"({failure.strerror or failure}): make room there and start again; the last complete one stays"
+                ) from failure
+
+        return self._world.together(explained)
 
     def _make_folder(self, temporary: Path) -> None:
         if self._world.rank == 0:
@@ -128,6 +139,11 @@ class CheckpointStore:
         folder = files.complete(temporary)
         _prune(self._root, self._config)
         return folder
+
+
+def _open(folder: Path) -> tuple[Snapshot, dict[str, str]]:
+    """A complete checkpoint, and the SHA-256 of its shards by their names."""
+    return Snapshot(folder, files.read_json(folder, files.STATE)), files.read_json(folder, files.INDEX)["sha256"]
 
 
 def _describe(fragment: Fragment, rank: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from loglinear.config import ModelConfig
-from loglinear.model.layers import Documents, linear_flops, rotate
+from loglinear.model.layers import Documents, rotate
+from loglinear.ops.flops import linear_flops
 
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
@@ -28,7 +29,7 @@ class KeyValueCache:
 
 
 class SoftmaxMixer(nn.Module):
-    """Multi-head softmax attention through torch's SDPA (FlashAttention, cuDNN) or, for packed documents, flash-attn."""
+    """Multi-head softmax attention through torch's SDPA (FlashAttention, cuDNN), or flash-attn for packed documents."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,9 +83,7 @@ def _sdpa(q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor) -> t
     return o_bhtp.transpose(1, 2)
 
 
-def _packed(
-    q_bthp: torch.Tensor, k_bthp: torch.Tensor, v_bthp: torch.Tensor, cu_seqlens: torch.Tensor
-) -> torch.Tensor:
+def _packed(q_bthp: torch.Tensor, k_bthp: torch.Tensor, v_bthp: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Causal attention within each document of one row: [1, T, H, P]."""
     bounds = cu_seqlens.tolist()
     if HAS_FLASH_ATTN and q_bthp.is_cuda and q_bthp.dtype in (torch.float16, torch.bfloat16):
@@ -95,8 +94,6 @@ def _packed(
         rows = (x[0] for x in (q_bthp, k_bthp, v_bthp))
         return flash_attn_varlen_func(*rows, boundaries, boundaries, longest, longest, causal=True)[None]
     parts = [
-        _sdpa(*(x[:, start:end] for x in (q_bthp, k_bthp, v_bthp)))
-        for start, end in pairwise(bounds)
-        if end > start
+        _sdpa(*(x[:, start:end] for x in (q_bthp, k_bthp, v_bthp))) for start, end in pairwise(bounds) if end > start
     ]
     return torch.cat(parts, 1)

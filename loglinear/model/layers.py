@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loglinear.ops.flops import linear_flops
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -18,25 +20,28 @@ class Documents:
 
     Attributes:
         positions_bt: int64 [B, T], 0 at the first token of a document.
+        length: at least the largest position + 1; known on the host, so that nobody waits for the GPU to learn it.
         cu_seqlens: int32 [documents + 1], boundaries of the documents packed into one row (then B = 1), or None
             when every row is one document.
     """
 
     positions_bt: torch.Tensor
+    length: int
     cu_seqlens: torch.Tensor | None = None
 
     @staticmethod
     def rows(batch: int, time: int, start: int, device: torch.device) -> Documents:
         """Every row is one document, of which `start` tokens came before."""
-        return Documents(torch.arange(start, start + time, device=device).expand(batch, time))
+        positions_t = torch.arange(start, start + time, device=device)
+        return Documents(positions_t.expand(batch, time), start + time)
 
     @staticmethod
     def packed(cu_seqlens: torch.Tensor, device: torch.device) -> Documents:
-        """Documents side by side in one row: int32 boundaries [documents + 1], the last of them T."""
-        bounds = cu_seqlens.to(device, torch.int64)
-        starts_t = bounds[:-1].repeat_interleave(bounds.diff(), output_size=int(cu_seqlens[-1]))
-        positions_t = torch.arange(len(starts_t), device=device) - starts_t
-        return Documents(positions_t[None], cu_seqlens)
+        """Documents side by side in one row: int32 boundaries [documents + 1] on the CPU, the last of them T."""
+        lengths = cu_seqlens.diff()
+        starts_t = cu_seqlens[:-1].to(torch.int64).repeat_interleave(lengths)
+        positions_t = torch.arange(len(starts_t)) - starts_t
+        return Documents(positions_t[None].to(device, non_blocking=True), int(lengths.max()), cu_seqlens)
 
 
 class ShortConv(nn.Module):
@@ -55,15 +60,10 @@ class ShortConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(
-        self, x_btc: torch.Tensor, documents: Documents, past_bwc: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_btc: torch.Tensor, documents: Documents, past_bwc: torch.Tensor | None = None) -> torch.Tensor:
         """Shapes [B, T, C] in and out; `past_bwc` [B, width - 1, C] are the inputs before the first token."""
         time, reach = x_btc.shape[1], self.width - 1
-        if past_bwc is None:
-            padded_btc = F.pad(x_btc, (0, 0, reach, 0))
-        else:
-            padded_btc = torch.cat([past_bwc, x_btc], 1)
+        padded_btc = F.pad(x_btc, (0, 0, reach, 0)) if past_bwc is None else torch.cat([past_bwc, x_btc], 1)
         y_btc = self.bias + self.weight[0] * x_btc
         for back in range(1, self.width):
             shifted_btc = padded_btc[:, reach - back : reach - back + time]
@@ -105,11 +105,6 @@ class SwiGLU(nn.Module):
     def flops_per_token(self) -> int:
         """Forward FLOPs of a token, two per multiply-add."""
         return sum(linear_flops(layer) for layer in (self.gate, self.up, self.down))
-
-
-def linear_flops(layer: nn.Linear) -> int:
-    """Forward FLOPs of a token in a linear layer, two per multiply-add."""
-    return 2 * layer.in_features * layer.out_features
 
 
 def rotate(x_bthp: torch.Tensor, positions_bt: torch.Tensor, base: float) -> torch.Tensor:

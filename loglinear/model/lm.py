@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from loglinear.config import ModelConfig
 from loglinear.model.attention import KeyValueCache
 from loglinear.model.block import Block
-from loglinear.model.layers import Documents, linear_flops
+from loglinear.model.layers import Documents
 from loglinear.model.mixer import MixerState
+from loglinear.ops.flops import linear_flops
 from loglinear.ops.lambda_map import LambdaMap
 
 
@@ -82,7 +83,7 @@ class LanguageModel(nn.Module):
 
     def initial_state(self, batch: int) -> DecodeState:
         """The state before the first token of `batch` documents."""
-        return DecodeState(tuple(block.mixer.initial_state(batch) for block in self.blocks), 0)
+        return DecodeState(tuple(block.mixer.initial_state(batch) for block in self._blocks()), 0)
 
     def decode(self, tokens_bt: torch.Tensor, state: DecodeState) -> tuple[torch.Tensor, DecodeState]:
         """Read on from `state`: a prompt at once by the chunked form, a single token by the recurrent form.
@@ -94,23 +95,27 @@ class LanguageModel(nn.Module):
         Returns:
             fp32 logits [B, V] after the last token, and the state there.
         """
-        documents = Documents.rows(*tokens_bt.shape, state.position, tokens_bt.device)
+        batch, time = tokens_bt.shape
+        documents = Documents.rows(batch, time, state.position, tokens_bt.device)
         x_btd = self.embedding(tokens_bt)
         layers = []
         for block, before in zip(self.blocks, state.layers, strict=True):
             x_btd, after = block(x_btd, documents, before)
             layers.append(after)
         logits_bv = self.head(self.norm(x_btd[:, -1])).float()
-        return logits_bv, DecodeState(tuple(layers), state.position + tokens_bt.shape[1])
+        return logits_bv, DecodeState(tuple(layers), state.position + time)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of a token, averaged over a document of `seq_len` tokens; training costs three times it."""
-        blocks: list[Block] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        return linear_flops(self.head) + sum(block.flops_per_token(seq_len) for block in blocks)
+        return linear_flops(self.head) + sum(block.flops_per_token(seq_len) for block in self._blocks())
 
     def parameter_count(self) -> int:
         """Number of parameters; tied embeddings count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _blocks(self) -> list[Block]:
+        """The blocks, as what they are to a type checker."""
+        return list(self.blocks)  # pyright: ignore[reportReturnType]
 
     def _initialise(self, config: ModelConfig) -> None:
         """Normal weights of `init_std`, those that write to the residual stream smaller by sqrt(2 * layers).

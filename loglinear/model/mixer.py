@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from loglinear.config import ModelConfig
-from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv, linear_flops
+from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv
 from loglinear.ops import LogLinearState, log_linear_attention, num_levels, recurrent_step
-from loglinear.ops import flops_per_token as op_flops_per_token
+from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
@@ -99,7 +99,7 @@ class LogLinearMixer(nn.Module):
         v_bthp = v.unflatten(2, (-1, self.head_dim))
         step_bth = F.softplus(self.dt_proj(x_btd).float() + self.dt_bias.float())
         g_bth = -self.A_log.float().exp() * step_bth
-        scales_bthl = self.lambda_map(x_btd, documents.positions_bt)
+        scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
         weighted_bthp = v_bthp * step_bth[..., None].to(v_bthp.dtype)
         memory = None if state is None else state.memory
         o_bthp, memory = _attend(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
@@ -113,12 +113,11 @@ class LogLinearMixer(nn.Module):
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""
-        weight = self.A_log
-        heads = weight.shape[0]
+        weight, reach = self.q_proj.weight, self.q_conv.width - 1
+        heads = self.v_proj.out_features // self.head_dim  # a weight's own shape is gone while ZeRO 3 holds it
         memory = LogLinearState.empty(batch, heads, self.state_dim, self.head_dim, device=weight.device)
         recent = tuple(
-            torch.zeros(batch, conv.width - 1, conv.bias.shape[0], dtype=conv.bias.dtype, device=weight.device)
-            for conv in (self.q_conv, self.k_conv, self.v_conv)
+            weight.new_zeros(batch, reach, proj.out_features) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return MixerState(memory, recent)
 
@@ -127,7 +126,7 @@ class LogLinearMixer(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj, self.out_proj)
         heads = self.dt_proj.out_features
         groups = self.q_proj.out_features // self.state_dim
-        attention = op_flops_per_token(seq_len, heads, groups, self.state_dim, self.head_dim)
+        attention = attention_flops(seq_len, heads, groups, self.state_dim, self.head_dim)
         return sum(map(linear_flops, layers)) + self.lambda_map.flops_per_token() + attention
 
 
@@ -141,10 +140,9 @@ def _attend(
     documents: Documents,
 ) -> tuple[torch.Tensor, LogLinearState | None]:
     """The op over many tokens, or its decoding step for one."""
-    inputs = (q_btgn, k_btgn, v_bthp, g_bth, scales_bthl)
     if memory is not None and v_bthp.shape[1] == 1:
-        q, k, v, g, scales = (None if x is None else x[:, 0] for x in inputs)
-        assert q is not None and k is not None and v is not None and g is not None
+        q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
+        scales = None if scales_bthl is None else scales_bthl[:, 0]
         o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
         return o_bhp[:, None], memory
     return log_linear_attention(

@@ -4,7 +4,7 @@
 `recurrent_step` is its decoding form.
 """
 
-from loglinear.ops.attention import flops_per_token, log_linear_attention
+from loglinear.ops.attention import log_linear_attention
 from loglinear.ops.chunk import chunk_log_linear_attention
 from loglinear.ops.fenwick import num_levels
 from loglinear.ops.naive import naive_log_linear_attention
@@ -14,7 +14,6 @@ from loglinear.ops.state import LogLinearState
 __all__ = [
     "LogLinearState",
     "chunk_log_linear_attention",
-    "flops_per_token",
     "log_linear_attention",
     "naive_log_linear_attention",
     "num_levels",

@@ -1,4 +1,4 @@
-"""The public op, and what it costs.
+"""The public op.
 
 Shapes: b batch, t time, h value head, g query/key group, n state (key) size, p value head size, l level.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from loglinear.ops.chunk import CHUNK, chunk_log_linear_attention
+from loglinear.ops.chunk import chunk_log_linear_attention
 from loglinear.ops.state import LogLinearState
 
 
@@ -60,16 +60,3 @@ def log_linear_attention(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
-
-
-def flops_per_token(seq_len: int, heads: int, groups: int, state_dim: int, head_dim: int) -> int:
-    """Forward FLOPs of the op for a token, averaged over a document of `seq_len` tokens.
-
-    Matrix products alone, two FLOPs per multiply-add: within a chunk (the causal half), the chunk's state, and
-    the states that the chunk reads.
-    """
-    chunk = min(CHUNK, seq_len)
-    chunks = -(-seq_len // chunk)
-    states_read = sum(c.bit_count() for c in range(chunks)) / chunks
-    within = chunk * (groups * state_dim + heads * head_dim)
-    return round(within + 2 * heads * state_dim * head_dim * (1 + states_read))

@@ -6,6 +6,7 @@ s sequence, k bucket.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -77,9 +78,7 @@ def _check_shapes(
     batch, time, groups = q_btgn.shape[:3]
     heads = v_bthp.shape[2]
     if v_bthp.shape[:2] != (batch, time):
-        raise UserError(
-            f"v has [B, T] = {list(v_bthp.shape[:2])}, but q has {[batch, time]}: they must agree"
-        )
+        raise UserError(f"v has [B, T] = {list(v_bthp.shape[:2])}, but q has {[batch, time]}: they must agree")
     if time == 0 or batch == 0:
         raise UserError(f"q has [B, T] = {[batch, time]}: give at least one token")
     if groups == 0 or heads == 0 or heads % groups:
@@ -88,8 +87,7 @@ def _check_shapes(
         raise UserError(f"g has shape {list(g_bth.shape)}, but must be [B, T, H] = {list(v_bthp.shape[:3])}")
     if scales_bthl is not None and (scales_bthl.ndim != 4 or scales_bthl.shape[:3] != v_bthp.shape[:3]):
         raise UserError(
-            f"level_scales has shape {list(scales_bthl.shape)}, but must be [B, T, H, L] = "
-            f"{[*v_bthp.shape[:3], 'L']}"
+            f"level_scales has shape {list(scales_bthl.shape)}, but must be [B, T, H, L] = {[*v_bthp.shape[:3], 'L']}"
         )
 
 
@@ -107,16 +105,12 @@ def _check_kinds(tensors: dict[str, torch.Tensor]) -> None:
             raise UserError(f"{name} is on {tensor.device}, but v is on {v_bthp.device}: move it there")
     for name in ("q", "k"):
         if tensors[name].dtype != v_bthp.dtype:
-            raise UserError(
-                f"{name} has dtype {tensors[name].dtype}, but v has {v_bthp.dtype}: convert one of them"
-            )
+            raise UserError(f"{name} has dtype {tensors[name].dtype}, but v has {v_bthp.dtype}: convert one of them")
 
 
 def _document_lengths(cu_seqlens: torch.Tensor, batch: int, time: int) -> tuple[int, ...]:
     if batch != 1:
-        raise UserError(
-            f"cu_seqlens packs documents into one row, but the batch is {batch}: reshape it to B = 1"
-        )
+        raise UserError(f"cu_seqlens packs documents into one row, but the batch is {batch}: reshape it to B = 1")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise UserError(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}, but must be int32 or int64 of "
@@ -124,36 +118,28 @@ def _document_lengths(cu_seqlens: torch.Tensor, batch: int, time: int) -> tuple[
         )
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != time:
-        raise UserError(
-            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, but must run from 0 to T = {time}"
-        )
-    lengths = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        raise UserError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, but must run from 0 to T = {time}")
+    lengths = tuple(end - start for start, end in pairwise(bounds))
     if min(lengths) < 0:
-        raise UserError(
-            "cu_seqlens decreases somewhere, but must be sorted: it is the cumulative sum of lengths"
-        )
+        raise UserError("cu_seqlens decreases somewhere, but must be sorted: it is the cumulative sum of lengths")
     return lengths
 
 
-def _starts(
-    state: LogLinearState | None, count: int, q_btgn: torch.Tensor, v_bthp: torch.Tensor
-) -> tuple[int, ...]:
+def _starts(state: LogLinearState | None, count: int, q_btgn: torch.Tensor, v_bthp: torch.Tensor) -> tuple[int, ...]:
     if state is None:
         return (0,) * count
     heads, head_dim = v_bthp.shape[2:]
     buckets = state.buckets
     wanted = [count, heads, "K", q_btgn.shape[3], head_dim]
-    fits = buckets.ndim == 5 and all(have == want for have, want in zip(buckets.shape, wanted) if want != "K")
+    fits = buckets.ndim == 5 and all(
+        have == want for have, want in zip(buckets.shape, wanted, strict=True) if want != "K"
+    )
     if not fits:
-        raise UserError(
-            f"initial_state has buckets of shape {list(buckets.shape)}, but this call needs {wanted}"
-        )
+        raise UserError(f"initial_state has buckets of shape {list(buckets.shape)}, but this call needs {wanted}")
     if buckets.device != v_bthp.device:
         raise UserError(f"initial_state is on {buckets.device}, but v is on {v_bthp.device}: move it there")
     if state.positions.shape != (count,) or state.positions.dtype != torch.int64:
-        raise UserError(
-            f"initial_state.positions must be int64 of shape [{count}], the tokens seen per sequence"
-        )
+        raise UserError(f"initial_state.positions must be int64 of shape [{count}], the tokens seen per sequence")
     starts = tuple(state.positions.tolist())
     needed = max(starts).bit_length()
     if min(starts) < 0 or buckets.shape[2] < needed:

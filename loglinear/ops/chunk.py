@@ -6,8 +6,11 @@ chunks, then for every chunk the runs that it reads. This is the path that train
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
+from loglinear.errors import UserError
 from loglinear.ops.checks import check_inputs
 from loglinear.ops.inter import add_reads, final_buckets, initial_states, run_states
 from loglinear.ops.intra import intra
@@ -38,10 +41,12 @@ def chunk_log_linear_attention(
 
     Source: arXiv 2506.04761, in a form that is parallel over chunks.
     """
+    if chunk < 1 or chunk & (chunk - 1):
+        raise UserError(f"chunk is {chunk}, but must be a power of two, because chunks are buckets of tokens")
     sequences = check_inputs(q, k, v, g, level_scales, initial_state, cu_seqlens)
     initial_count = 0 if initial_state is None else initial_state.buckets.shape[2]
     plan = make_plan(sequences, chunk, initial_count, output_final_state, v.device)
-    with torch.autocast(v.device.type, enabled=False):
+    with _without_autocast(v.device):
         chunks = to_chunks(plan, chunk, q, k, v, g, level_scales, scale)
         runs_xgnrp = run_states(chunks, plan.merges)
         o_cgtrp = add_reads(intra(chunks), chunks, plan.reads, runs_xgnrp)
@@ -54,3 +59,8 @@ def chunk_log_linear_attention(
             return o, None
         buckets = final_buckets(chunks, plan.final, runs_xgnrp, initial_xgnrp, len(sequences.ends))
     return o, LogLinearState(buckets, torch.tensor(sequences.ends))
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The op chooses its own precision. On the meta device, where memory is counted, autocast does not exist."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -69,4 +69,5 @@ def set_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
     For the number of tokens that a state has seen these are the state's occupied buckets.
     """
-    return np.nonzero(values >> np.arange(bits)[:, None] & 1)
+    bit, element = np.nonzero(values >> np.arange(bits)[:, None] & 1)
+    return bit, element

@@ -43,9 +43,7 @@ class _RunStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k_cgtn, v_cgtrp, to_end_cgrt, gap_ygr, merges):
         rows = len(k_cgtn)
-        states_xgnrp = k_cgtn.new_empty(
-            rows + len(gap_ygr), k_cgtn.shape[1], k_cgtn.shape[3], *v_cgtrp.shape[3:]
-        )
+        states_xgnrp = k_cgtn.new_empty(rows + len(gap_ygr), k_cgtn.shape[1], k_cgtn.shape[3], *v_cgtrp.shape[3:])
         for c in slices(rows, v_cgtrp[0].numel(), v_cgtrp.device):
             states_xgnrp[c] = _outer(k_cgtn[c], v_cgtrp[c], to_end_cgrt[c])
         decay_ygr = gap_ygr.exp()
@@ -90,15 +88,11 @@ def initial_states(buckets_shknp: torch.Tensor, chunks: Chunks) -> torch.Tensor:
     return buckets.permute(0, 3, 1, 4, 2, 5).flatten(0, 1)
 
 
-def add_reads(
-    o_cgtrp: torch.Tensor, chunks: Chunks, reads: Reads, states_xgnrp: torch.Tensor
-) -> torch.Tensor:
+def add_reads(o_cgtrp: torch.Tensor, chunks: Chunks, reads: Reads, states_xgnrp: torch.Tensor) -> torch.Tensor:
     """Add q^T S, decayed and scaled, for every pair of a row and a state, to the outputs, in place."""
     if len(reads.row) == 0:
         return o_cgtrp
-    exponent_mgrt = (
-        chunks.decay_cgrt.index_select(0, reads.row) + chunks.gap(reads.since, reads.row)[..., None]
-    )
+    exponent_mgrt = chunks.decay_cgrt.index_select(0, reads.row) + chunks.gap(reads.since, reads.row)[..., None]
     weights_mgrt = exponent_mgrt.exp()
     if chunks.scales_clgrt is not None:
         weights_mgrt = weights_mgrt * _scales_of(reads, chunks.scales_clgrt)
@@ -169,9 +163,7 @@ def final_buckets(
     return total_xgnrp.unflatten(0, (sequences, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).contiguous()
 
 
-def _add_parts(
-    total_xgnrp: torch.Tensor, chunks: Chunks, parts: Parts, states_xgnrp: torch.Tensor
-) -> torch.Tensor:
+def _add_parts(total_xgnrp: torch.Tensor, chunks: Chunks, parts: Parts, states_xgnrp: torch.Tensor) -> torch.Tensor:
     states_mgnrp = states_xgnrp.index_select(0, parts.source)
     gap_mgr = chunks.gap(parts.since, parts.until)
     return total_xgnrp.index_add(0, parts.target, states_mgnrp * _per_state(gap_mgr.exp()))

@@ -37,6 +37,7 @@ class _Tables(NamedTuple):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # the cache outlives the caller's mode
 def _tables(chunk: int, dtype: torch.dtype, device: torch.device) -> _Tables:
     level_ts = torch.from_numpy(level_table(chunk)).to(device)
     future_ts = torch.zeros(chunk, chunk, dtype=dtype, device=device).masked_fill(level_ts < 0, -torch.inf)
@@ -78,11 +79,12 @@ class _Intra(torch.autograd.Function):
         dq_cgtn, dk_cgtn, dv_cgtrp, ddecay_cgrt = map(torch.empty_like, (q_cgtn, k_cgtn, v_cgtrp, decay_cgrt))
         dscales_cgrtl = None if scales_cgrtl is None else torch.empty_like(scales_cgrtl)
         for c in slices(len(q_cgtn), decay_cgrt[0].numel() * chunk, v_cgtrp.device):
-            do_cgrtp = do_cgtrp[c].transpose(2, 3)
+            # Copied once, in whole rows: the products would copy them again, and one of them column by column.
+            do_cgrtp, v_cgrsp = (x_cgtrp[c].transpose(2, 3).contiguous() for x_cgtrp in (do_cgtrp, v_cgtrp))
             scores_cg1ts = (q_cgtn[c] @ k_cgtn[c].transpose(2, 3))[:, :, None]
             mask_cgrts = _decay(decay_cgrt[c], tables.future_ts)
-            dweights_cgrts = do_cgrtp @ v_cgtrp[c].permute(0, 1, 3, 4, 2)
-            if scales_cgrtl is not None:
+            dweights_cgrts = do_cgrtp @ v_cgrsp.transpose(3, 4)
+            if scales_cgrtl is not None and dscales_cgrtl is not None:
                 dscales_cgrts = (mask_cgrts * dweights_cgrts).mul_(scores_cg1ts)
                 dscales_cgrtl[c] = torch.einsum("cgrts,tsl->cgrtl", dscales_cgrts, tables.is_level_tsl)
                 mask_cgrts *= _spread(scales_cgrtl[c], tables.level_ts)

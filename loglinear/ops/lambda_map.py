@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from loglinear.config import LevelScaleName
 from loglinear.errors import UserError
 from loglinear.ops.fenwick import num_levels
+from loglinear.ops.flops import linear_flops
 
 SOFTPLUS_INVERSE_OF_1 = math.log(math.expm1(1.0))
 
@@ -30,9 +31,7 @@ class LambdaMap(nn.Module):
         super().__init__()
         self.levels, self.beyond = levels, beyond
 
-    def forward(
-        self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int
-    ) -> torch.Tensor | None:
+    def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor | None:
         """Level scales, or None if they are all one.
 
         Args:
@@ -102,7 +101,7 @@ class _Projected(LambdaMap):
         return self.level_proj(x_btd).unflatten(2, (-1, self.levels))
 
     def flops_per_token(self) -> int:
-        return _linear_flops(self.level_proj)
+        return linear_flops(self.level_proj)
 
 
 class ScaledLambdaMap(_Projected):
@@ -174,9 +173,7 @@ class TokenMLPLambdaMap(LambdaMap):
         return _mlp_flops(self.mlp)
 
 
-def make_lambda_map(
-    name: LevelScaleName, *, dim: int, heads: int, levels: int, hidden: int, beyond: str
-) -> LambdaMap:
+def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, hidden: int, beyond: str) -> LambdaMap:
     """The map called `name`, for `heads` heads and `levels` trained levels.
 
     Args:
@@ -218,8 +215,4 @@ def _make_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def _mlp_flops(mlp: nn.Sequential) -> int:
-    return sum(_linear_flops(layer) for layer in mlp if isinstance(layer, nn.Linear))
-
-
-def _linear_flops(layer: nn.Linear) -> int:
-    return 2 * layer.in_features * layer.out_features
+    return sum(linear_flops(layer) for layer in mlp if isinstance(layer, nn.Linear))

@@ -44,9 +44,7 @@ def naive_log_linear_attention(
     for number, (length, start) in enumerate(zip(sequences.lengths, sequences.starts, strict=True)):
         now = slice(token, token + length)
         state = _empty(q_thn, v_thp) if initial_state is None else initial_state[number : number + 1]
-        o_thp, final = _one_sequence(
-            q_thn[now], k_thn[now], v_thp[now], g_th[now], scales_thl[now], state, start
-        )
+        o_thp, final = _one_sequence(q_thn[now], k_thn[now], v_thp[now], g_th[now], scales_thl[now], state, start)
         outputs.append(o_thp)
         states.append(final)
         token += length
@@ -89,9 +87,7 @@ def _one_sequence(
     scales_hts = scales_thl[row_t, :, level_ts].permute(2, 0, 1)
     o_thp = torch.einsum("hts,shp->thp", scores_hts * decay_hts * scales_hts, v_thp)
 
-    for bucket in _occupied(
-        start
-    ):  # every position of an initial bucket has the same level towards a new query
+    for bucket in _occupied(start):  # every position of an initial bucket has the same level towards a new query
         first = bucket_start(start, bucket)
         level_t = torch.tensor([level(t, first) for t in range(start, end)], device=v_thp.device).long()
         weight_th = scales_thl[row_t[:, 0], :, level_t] * cumulative_th.exp()
@@ -100,9 +96,7 @@ def _one_sequence(
     # A query at position `end` would read what the final state holds.
     total_h = g_th.sum(0)
     weighted_thnp = torch.einsum("thn,thp->thnp", k_thn, v_thp * (total_h - cumulative_th).exp()[..., None])
-    final = [
-        torch.zeros_like(weighted_thnp.sum(0)) for _ in range(max(end.bit_length(), initial_hknp.shape[1]))
-    ]
+    final = [torch.zeros_like(weighted_thnp.sum(0)) for _ in range(max(end.bit_length(), initial_hknp.shape[1]))]
     for position in range(start, end):
         final[level(end, position) - 1] = final[level(end, position) - 1] + weighted_thnp[position - start]
     for bucket in _occupied(start):

@@ -88,9 +88,8 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def make_plan(
-    sequences: Sequences, chunk: int, initial_buckets: int, final_state: bool, device: torch.device
-) -> Plan:
+@torch.inference_mode(False)  # the cache outlives the caller's mode, and autograd refuses tables made in inference mode
+def make_plan(sequences: Sequences, chunk: int, initial_buckets: int, final_state: bool, device: torch.device) -> Plan:
     """The plan for these lengths and starts, with its tables on `device`.
 
     Args:

@@ -131,10 +131,8 @@ def recurrent_log_linear_attention(
     token = 0
     for number, length in enumerate(sequences.lengths):
         now = slice(token, token + length)
-        inputs = (x[:, now] for x in (q, k, v, g))
-        o, last = _scan(
-            state[number : number + 1], *inputs, None if scales is None else scales[:, now], scale=scale
-        )
+        part = None if scales is None else scales[:, now]
+        o, last = _scan(state[number : number + 1], q[:, now], k[:, now], v[:, now], g[:, now], part, scale)
         outputs.append(o)
         states.append(last)
         token += length
@@ -153,8 +151,6 @@ def _scan(
     outputs = []
     for t in range(v_bthp.shape[1]):
         now = (q_btgn[:, t], k_btgn[:, t], v_bthp[:, t], g_bth[:, t])
-        o_bhp, state = recurrent_step(
-            state, *now, None if scales_bthl is None else scales_bthl[:, t], scale=scale
-        )
+        o_bhp, state = recurrent_step(state, *now, None if scales_bthl is None else scales_bthl[:, t], scale=scale)
         outputs.append(o_bhp)
     return torch.stack(outputs, 1) if outputs else v_bthp, state

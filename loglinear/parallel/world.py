@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from loglinear.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,22 @@ class World:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+    def together(self, action: Callable[[], Result]) -> list[Result]:
+        """Run `action` on every rank; returns all results, in rank order, on every rank.
+
+        Raises:
+            UserError: it raised one on some rank; every rank raises that of the first such rank.
+        """
+        value = error = None
+        try:
+            value = action()
+        except UserError as failure:
+            error = str(failure)
+        outcomes = self.gather((error, value))
+        for message, _ in outcomes:
+            if message is not None:
+                raise UserError(message)
+        return [result for _, result in outcomes]
 
     def close(self) -> None:
         """Leave the group; the last thing that a rank does."""
@@ -75,6 +94,8 @@ def _start_deepspeed(backend: str) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    # It calls collectives by names that newer torch has given others.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
     # Its shared-memory all-reduce would be compiled for a minute, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

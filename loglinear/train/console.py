@@ -41,8 +41,12 @@ class TrainConsole:
         self._progress.update(self._task, completed=step, description=status)
         if not self._live and (step % self._every == 0 or step == self._steps):
             left = self._progress.tasks[0].time_remaining
-            self.say(f"step {step}/{self._steps}  {status}" + (f"  {left / 60:.1f} min left" if left else ""))
+            self.say(f"step {step}/{self._steps}  {status}" + (f"  {_duration(left)} left" if left else ""))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self._console.print(text, soft_wrap=True, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

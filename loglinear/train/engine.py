@@ -15,6 +15,8 @@ from loglinear.parallel import World
 from loglinear.train.optim import make_optimizer
 from loglinear.train.timing import StepTimer
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights that the model computes with
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -56,9 +58,7 @@ class Engine:
         """The model inside; under ZeRO 3 its weights are there only while a layer runs."""
         return self.deepspeed.module
 
-    def step(
-        self, batches: Sequence[Batch], learning_rate: float, wants_stop: bool, timer: StepTimer
-    ) -> StepResult:
+    def step(self, batches: Sequence[Batch], learning_rate: float, wants_stop: bool, timer: StepTimer) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
         The gradient is that of the token sum over the whole global batch divided by its number of valid tokens, at

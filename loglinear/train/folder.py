@@ -128,4 +128,5 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, str, s
         for key in now | before:
             yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
     elif before != now:
-        yield name, *(yaml.safe_dump(x, default_flow_style=True).splitlines()[0] for x in (before, now))
+        shown = [yaml.safe_dump(x, default_flow_style=True).splitlines()[0] for x in (before, now)]
+        yield name, shown[0], shown[1]

@@ -20,9 +20,7 @@ from loglinear.train.level_scales import LevelScaleStatistics
 class Monitor:
     """Writes curves for rank 0. Steps count from 1: the value at step n was measured in the n-th step."""
 
-    def __init__(
-        self, folder: RunFolder, config: Config, start: int, flops_per_token: float, peak: float
-    ) -> None:
+    def __init__(self, folder: RunFolder, config: Config, start: int, flops_per_token: float, peak: float) -> None:
         """Go on after step `start`; what an interrupted run wrote beyond it is dropped.
 
         Args:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -30,9 +31,8 @@ from loglinear.train.level_scales import LevelScaleStatistics
 from loglinear.train.monitor import Monitor
 from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import StopRequest
-from loglinear.train.timing import StepTimer, peak_flops
+from loglinear.train.timing import TRAINING_FLOPS, StepTimer, peak_flops
 
-TRAINING_FLOPS = 3  # forward, and twice as much backward
 RECORDED_VERSIONS = ("loglinear", "torch", "deepspeed")
 
 
@@ -45,7 +45,7 @@ def train(config: Config) -> None:
     stop = StopRequest()
     stop.listen()
     world = start_world()
-    _Run(config, world, stop).go()
+    _Run(config.with_absolute_paths(), world, stop).go()
     world.close()
 
 
@@ -71,8 +71,7 @@ class _Run:
         if snapshot is not None:
             check_unchanged(snapshot.state["config"], config)
         self.start = 0 if snapshot is None else snapshot.step
-        if self.first:
-            self.folder.prepare(config)
+        world.together(lambda: self.folder.prepare(config) if self.first else None)
 
         self.console = TrainConsole(self.start, config.train.steps, config.monitor.every, self.first)
         self.data = self._open_data(snapshot)
@@ -102,18 +101,7 @@ class _Run:
 
     def _open_data(self, snapshot: Snapshot | None) -> _Data:
         config, model = self.config, self.config.model
-        if self.first:
-            self.console.say(f"Data in {config.data.dir}: training starts as soon as the first shard is prepared.")
-            process = start_preparation(config)
-            wait_until_ready(
-                config.data,
-                vocab_size=model.vocab_size,
-                samples=config.train.global_batch,
-                seq_len=model.seq_len,
-                process=process,
-            )
-            self.folder.keep_tokenizer(tokenizer_path(config.data))
-        self.world.barrier()
+        self.world.together(self._wait_for_data)
         saved = None if snapshot is None else DataState.from_dict(snapshot.state["data"])
         loader = TrainLoader(
             config.data,
@@ -129,6 +117,21 @@ class _Run:
             saved.require_same_order(loader.state(0))
         return _Data(loader, iter(loader))
 
+    def _wait_for_data(self) -> None:
+        """The first rank prepares what the first step needs; the others wait for it."""
+        if not self.first:
+            return
+        config = self.config
+        self.console.say(f"Data in {config.data.dir}: training starts as soon as the first shard is prepared.")
+        wait_until_ready(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            samples=config.train.global_batch,
+            seq_len=config.model.seq_len,
+            process=start_preparation(config),
+        )
+        self.folder.keep_tokenizer(tokenizer_path(config.data))
+
     def _make_engine(self, snapshot: Snapshot | None) -> Engine:
         config = self.config
         model = build_model(
@@ -143,7 +146,7 @@ class _Run:
         return engine
 
     def _make_monitor(self, peak: float) -> Monitor:
-        flops = TRAINING_FLOPS * build_flops(self.config)
+        flops = TRAINING_FLOPS * self.engine.model.flops_per_token(self.config.model.seq_len)
         return Monitor(self.folder, self.config, self.start, flops, peak)
 
     def _step(self, step: int) -> StepResult:
@@ -184,8 +187,9 @@ class _Run:
         if self.monitor is not None:
             self.monitor.held_out(step, loss)
             self.monitor.text(step, text)
-        self.held_out, self.sample = loss, text
-        self.console.say(f"step {step}: held-out loss {loss:.4f} nats/token")
+        self.console.say(f"step {step}: held-out loss {loss:.4f} nats/token{self._beside(step)}")
+        if step == config.train.steps:
+            self.console.say(f"A sample, decoded token by token:\n{text}")
 
     def _sample(self) -> str:
         """The prompt continued; all ranks take part, since under ZeRO 3 each holds a piece of the weights."""
@@ -207,12 +211,25 @@ class _Run:
         }
         self.store.save(self.engine.deepspeed, step, state)
 
-    def _aside(self, action, step: int) -> None:
+    def _aside(self, action: Callable[[int], None], step: int) -> None:
         """Do something that is no training, and leave its time out of the throughput."""
         start = time.perf_counter()
         action(step)
         if self.monitor is not None:
             self.monitor.pause(time.perf_counter() - start)
 
+    def _beside(self, step: int) -> str:
+        """What a model that knows only the frequencies of tokens would reach; shown with the last held-out loss."""
+        index = complete_index(self.config.data, self.config.model.vocab_size)
+        if step < self.config.train.steps or index is None:
+            return ""
+        return f" (unigram entropy of this tokenizer: {index.unigram_entropy:.4f})"
+
     def _finish(self) -> None:
-        pass
+        """Say where everything lies and what can be done next."""
+        root = self.folder.root
+        self.console.say(f"Done: {self.config.train.steps} steps. Checkpoints are in {self.folder.checkpoints}.")
+        self.console.say(f"  curves:    tensorboard --logdir {self.folder.tensorboard}")
+        self.console.say(f"  evaluate:  loglinear eval {root}")
+        self.console.say(f"  generate:  loglinear generate {root} --prompt {shlex.quote(self.config.eval.prompt)}")
+        self.console.say("  train on:  the same command with a larger train.steps=")

@@ -25,6 +25,9 @@ PEAK_TFLOPS_BF16 = {
 }
 
 
+TRAINING_FLOPS = 3  # of a forward pass: itself, and twice as much backward
+
+
 class StepTimer:
     """Adds up seconds by phase; waits for the GPU at each change of phase only while `precise`."""
 
@@ -77,6 +80,6 @@ def _measured_cpu_flops(size: int = 1024, tries: int = 5) -> float:
     seconds = []
     for _ in range(tries):
         start = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)

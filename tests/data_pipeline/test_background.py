@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SEQ_LEN, VOCAB, contents
 
-from data_pipeline import background
 from data_pipeline.background import start_preparation, wait_until_ready
-from data_pipeline.held_out import held_out_batches
+from data_pipeline.batch import Batch
 from data_pipeline.loader import TrainLoader
 from data_pipeline.lock import preparation_lock
 from data_pipeline.manifest import read_index
 from loglinear.config import Config, DataConfig, ModelConfig, SourceConfig
 from loglinear.errors import UserError
+from tests.corpus import SEQ_LEN, VOCAB
+from tests.processes import is_running, wait_for
 
-SCRIPT = Path(__file__).with_name("prepare_once.py")
 Configure = Callable[..., DataConfig]
-
-
-@pytest.fixture(autouse=True)
-def command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "COMMAND", (sys.executable, str(SCRIPT)))
+Halted = tuple[DataConfig, subprocess.Popen[bytes]]
 
 
 def start(data: DataConfig) -> subprocess.Popen[bytes]:
@@ -42,19 +37,13 @@ def wait_ready(data: DataConfig, process: subprocess.Popen[bytes] | None, sample
     wait_until_ready(data, vocab_size=VOCAB, samples=samples, seq_len=SEQ_LEN, process=process)
 
 
-def loader(data: DataConfig) -> TrainLoader:
-    return TrainLoader(data, vocab_size=VOCAB, seq_len=SEQ_LEN, global_batch=8, micro_batch=8)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def batches(data: DataConfig, count: int) -> list[Batch]:
+    loader = TrainLoader(data, vocab_size=VOCAB, seq_len=SEQ_LEN, global_batch=8, micro_batch=8)
+    return list(islice(loader, count))
 
 
 @pytest.fixture
-def halted(configure: Configure) -> Iterator[tuple[DataConfig, subprocess.Popen[bytes]]]:
+def halted(configure: Configure) -> Iterator[Halted]:
     """A preparation of shards of a few documents that is halted after its second shard."""
     data = configure(shard_tokens=900)
     process = start(data)
@@ -64,3 +53,79 @@ def halted(configure: Configure) -> Iterator[tuple[DataConfig, subprocess.Popen[
     yield data, process
     process.kill()
     process.wait()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_sees_the_same_stream_before_and_after_the_preparation_ends(halted: Halted, workers: int) -> None:
+    data, process = halted
+    data = data.model_copy(update={"loader_workers": workers})
+    wait_ready(data, process)
+    early = batches(data, 4)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0
+    assert read_index(data.dir) is not None
+    for before, after in zip(early, batches(data, 4), strict=True):
+        assert all(map(torch.equal, before, after))
+
+
+def test_a_loader_waits_for_shards_that_are_still_being_made(halted: Halted) -> None:
+    data, process = halted
+    wait_ready(data, process)
+    loader = iter(TrainLoader(data, vocab_size=VOCAB, seq_len=SEQ_LEN, global_batch=64, micro_batch=64))
+    process.send_signal(signal.SIGCONT)
+    waited = list(islice(loader, 8))  # more than the two shards held
+    process.wait(60)
+    again = TrainLoader(data, vocab_size=VOCAB, seq_len=SEQ_LEN, global_batch=64, micro_batch=64)
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(waited, islice(again, 8), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nobody_waits_for_a_dead_preparation(halted: Halted, workers: int) -> None:
+    data, process = halted
+    process.kill()
+    process.wait()
+    with pytest.raises(UserError, match=r"ended before it was complete: run `loglinear data prepare"):
+        wait_ready(data, process, samples=10**6)
+    with pytest.raises(UserError, match="ended before it was complete"):
+        batches(data.model_copy(update={"loader_workers": workers}), 100)
+
+
+def test_the_last_words_of_a_failed_preparation_are_quoted(configure: Configure, tmp_path: Path) -> None:
+    data = configure(sources=(SourceConfig(kind="folder", path=str(tmp_path / "absent")),))
+    with pytest.raises(UserError, match=r"(?s)its last words:.*there is no folder .*absent"):
+        wait_ready(data, start(data))
+
+
+def test_prepared_data_need_no_process(prepared: DataConfig) -> None:
+    assert start_preparation(Config(model=ModelConfig(vocab_size=VOCAB), data=prepared)) is None
+    wait_ready(prepared, None)
+
+
+def test_a_second_trainer_waits_for_the_first_ones_preparation(configure: Configure) -> None:
+    data = configure()
+    data.dir.mkdir()
+    with preparation_lock(data.dir):
+        assert start_preparation(Config(model=ModelConfig(vocab_size=VOCAB), data=data)) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the child only on Linux")
+def test_the_preparation_ends_with_the_trainer(configure: Configure, tmp_path: Path) -> None:
+    data = configure()
+    config = tmp_path / "config.yaml"
+    config.write_text(Config(model=ModelConfig(vocab_size=VOCAB), data=data).to_yaml())
+    script = (
+        "import os, signal, sys\n"
+        "from data_pipeline.background import start_preparation\n"
+        "from loglinear.config import load_config\n"
+        "process = start_preparation(load_config(sys.argv[1]))\n"
+        "os.kill(process.pid, signal.SIGSTOP)\n"
+        "print(process.pid, flush=True)\n"
+        "signal.pause()\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", script, str(config)], stdout=subprocess.PIPE)
+    assert trainer.stdout is not None
+    child = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    os.kill(child, signal.SIGCONT)
+    wait_for(lambda: not is_running(child))

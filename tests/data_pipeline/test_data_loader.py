@@ -8,7 +8,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import SEQ_LEN, VOCAB
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import TrainLoader
@@ -18,6 +17,7 @@ from data_pipeline.state import DataState
 from data_pipeline.tokenizer import train_tokenizer
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
+from tests.corpus import SEQ_LEN, VOCAB
 
 GLOBAL_BATCH = 16
 
@@ -173,7 +173,7 @@ def test_nothing_is_served_of_a_damaged_shard(own: DataConfig, kind: str, worker
 
 
 def test_another_tokenizer_is_refused(own: DataConfig) -> None:
-    train_tokenizer(["some other text to learn from " * 9], VOCAB - 30, own.dir / "tokenizer.model")
+    train_tokenizer(["some other text to learn from " * 9], VOCAB - 20, own.dir / "tokenizer.model")
     with pytest.raises(UserError, match=r"tokenizer.model is not the tokenizer that .* was prepared with"):
         load(own, 1)
 
@@ -194,7 +194,7 @@ def test_unprepared_data_are_named(own: DataConfig) -> None:
 
 
 def test_other_settings_are_refused(prepared: DataConfig) -> None:
-    with pytest.raises(UserError, match="prepared with model.vocab_size = 300"):
+    with pytest.raises(UserError, match=r"prepared with model.vocab_size = 300"):
         TrainLoader(prepared, vocab_size=299, seq_len=SEQ_LEN, global_batch=1, micro_batch=1)
     with pytest.raises(UserError, match=r"prepared with data.held_out = 0.2"):
         load(prepared.model_copy(update={"held_out": 0.1}), 1)

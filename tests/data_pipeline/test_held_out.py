@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SEQ_LEN, VOCAB
 
 from data_pipeline.batch import IGNORED, Batch
 from data_pipeline.held_out import held_out_batches
 from data_pipeline.prepare import prepare
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
+from tests.corpus import SEQ_LEN, VOCAB
 
 EVERYTHING = 10**9
 

@@ -21,9 +21,7 @@ def test_each_pass_takes_every_sample_once(order: SampleOrder, total: int, epoch
 
 
 @given(order=orders, total=totals, data=st.data())
-def test_the_order_is_the_same_before_the_total_is_known(
-    order: SampleOrder, total: int, data: st.DataObject
-) -> None:
+def test_the_order_is_the_same_before_the_total_is_known(order: SampleOrder, total: int, data: st.DataObject) -> None:
     number = data.draw(st.integers(0, total - 1))
     if order.needed(number) <= total:
         known = data.draw(st.integers(order.needed(number), total))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB, contents, write_corpus
 
 from data_pipeline import lock
+from data_pipeline.background import COMMAND
 from data_pipeline.encode import is_held_out
 from data_pipeline.lock import preparation_lock
 from data_pipeline.manifest import Index, read_index, read_shard
@@ -26,8 +26,9 @@ from data_pipeline.sources import Document, iterate_documents
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from loglinear.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig
 from loglinear.errors import UserError
+from tests.corpus import VOCAB, contents, write_corpus
+from tests.processes import is_running, wait_for
 
-SCRIPT = Path(__file__).with_name("prepare_once.py")
 Configure = Callable[..., DataConfig]
 
 
@@ -124,20 +125,13 @@ def test_continues_from_whatever_was_written(prepared: DataConfig, configure: Co
 
 
 def start(config_file: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(config_file)], stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*COMMAND, str(config_file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def config_file(data: DataConfig) -> Path:
     path = data.dir.with_suffix(".yaml")
     path.write_text(Config(model=ModelConfig(vocab_size=VOCAB), data=data).to_yaml())
     return path
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_killed_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig, configure: Configure) -> None:
@@ -159,13 +153,6 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_run_leaves_no_workers_behind(configure: Configure) -> None:
     data = configure()
@@ -179,9 +166,7 @@ def test_a_killed_run_leaves_no_workers_behind(configure: Configure) -> None:
     wait_for(lambda: not any(map(is_running, workers)))
 
 
-def test_two_runs_do_not_meet(
-    prepared: DataConfig, configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_runs_do_not_meet(prepared: DataConfig, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.1)
     data = configure()
     data.dir.mkdir()
@@ -246,7 +231,11 @@ OTHER_SETTINGS = [
     ({"seed": 1}, VOCAB, "data.seed"),
     ({"sources": (SourceConfig(kind="stdlib"),)}, VOCAB, "data.sources"),
     ({"tokenizer": TokenizerConfig(train_bytes=9)}, VOCAB, "data.tokenizer.train_bytes"),
-    ({"tokenizer": TokenizerConfig(path=Path("given"))}, VOCAB, "data.tokenizer = 'trained', .* says 'given'"),
+    (
+        {"tokenizer": TokenizerConfig(path=Path("given"))},
+        VOCAB,
+        "data.tokenizer = 'trained', .* says 'given'",
+    ),
     ({}, 310, "model.vocab_size = 300, but the configuration says 310"),
 ]
 

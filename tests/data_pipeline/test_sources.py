@@ -122,9 +122,7 @@ def test_sources_follow_each_other(tmp_path: Path) -> None:
         ("jsonl", "number.jsonl", {}, "field 'text' of .*number.jsonl row 0 holds int, not text"),
     ],
 )
-def test_mistakes_are_named(
-    tmp_path: Path, kind: str, path: str, options: dict[str, str], message: str
-) -> None:
+def test_mistakes_are_named(tmp_path: Path, kind: str, path: str, options: dict[str, str], message: str) -> None:
     (tmp_path / "latin.jsonl").write_bytes(json.dumps({"text": "café"}, ensure_ascii=False).encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "good.jsonl").write_bytes(jsonl(["a"]))

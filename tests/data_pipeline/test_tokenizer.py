@@ -53,9 +53,7 @@ def test_long_lines_do_not_stop_the_training(tmp_path: Path) -> None:
         ([], 300, "hold no text"),
     ],
 )
-def test_unfit_training_text_is_explained(
-    tmp_path: Path, texts: list[str], vocab_size: int, message: str
-) -> None:
+def test_unfit_training_text_is_explained(tmp_path: Path, texts: list[str], vocab_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train_tokenizer(texts, vocab_size, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -77,9 +75,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("options", "message"),
     [({"bos_id": -1, "byte_fallback": True}, "no bos piece"), ({"byte_fallback": False}, "no byte pieces")],
 )
-def test_a_model_that_would_lose_text_is_refused(
-    tmp_path: Path, options: dict[str, object], message: str
-) -> None:
+def test_a_model_that_would_lose_text_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     lines = iter(["some words to train on", "and a few more words"])
     with (tmp_path / "model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -95,5 +91,5 @@ def test_a_model_that_would_lose_text_is_refused(
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(prepared: DataConfig) -> None:
-    with pytest.raises(UserError, match="has 300 pieces, but model.vocab_size is 299"):
+    with pytest.raises(UserError, match=r"has 300 pieces, but model.vocab_size is 299"):
         load_tokenizer(prepared.dir / "tokenizer.model", 299)

@@ -1,15 +1,10 @@
-"""A small corpus of files and its prepared folder, shared by the tests of this package."""
+"""A small corpus of files, and a configuration that prepares it; shared by all tests that need data."""
 
 from __future__ import annotations
 
 import random
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from data_pipeline.prepare import prepare
 from loglinear.config import DataConfig, SourceConfig, TokenizerConfig
 
 VOCAB = 300
@@ -42,34 +37,6 @@ def data_config(folder: Path, corpus: Path, **changes: object) -> DataConfig:
         "loader_workers": 0,
     }
     return DataConfig.model_validate({**settings, **changes})
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "corpus"
-    write_corpus(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def prepared(corpus: Path) -> DataConfig:
-    """A complete preparation, not to be changed."""
-    data = data_config(corpus.parent / "prepared", corpus)
-    prepare(data, VOCAB)
-    return data
-
-
-@pytest.fixture
-def own(prepared: DataConfig, tmp_path: Path) -> DataConfig:
-    """A copy of it, to be changed."""
-    shutil.copytree(prepared.dir, tmp_path / "own")
-    return prepared.model_copy(update={"dir": tmp_path / "own"})
-
-
-@pytest.fixture
-def configure(corpus: Path, tmp_path: Path) -> Callable[..., DataConfig]:
-    """A configuration of an empty folder with the settings that are given."""
-    return lambda **changes: data_config(tmp_path / "fresh", corpus, **changes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

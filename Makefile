@@ -1,0 +1,43 @@
+# Everything here works in .venv, which the first command makes: `make PYTHON=python3.12 test` takes another Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+
+.PHONY: help quickstart test test-gpu lint
+.DEFAULT_GOAL := help
+
+help:  ## Show what can be made.
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+quickstart: $(VENV)/run.stamp  ## Train a small model on the Python standard library's source, on a CPU.
+	$(BIN)/loglinear train configs/quickstart.yaml
+
+test: $(VENV)/test.stamp  ## Run all tests; those that need a GPU or SLURM are skipped without one, and say so.
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/test.stamp  ## Run the tests that need a CUDA GPU.
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/dev.stamp  ## Check style (ruff), formatting (ruff) and types (pyright).
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+# A stamp says that an installation succeeded, and is older than pyproject.toml once that changes.
+$(VENV)/run.stamp: EXTRA :=
+$(VENV)/test.stamp: EXTRA := [test]
+$(VENV)/dev.stamp: EXTRA := [dev]
+$(VENV)/%.stamp: pyproject.toml | $(BIN)/pip
+	@echo "Installing loglinear$(EXTRA) into $(VENV); the first time that takes a few minutes."
+	$(PIP) --editable '.$(EXTRA)'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c '' 2>/dev/null || { echo "There is no $(PYTHON) here: install Python 3.11 or later," \
+		"or name one, such as make PYTHON=python3.12." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "loglinear needs Python 3.11 or later," \
+		"but $(PYTHON) is $$($(PYTHON) --version 2>&1): name another, such as make PYTHON=python3.12." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make a virtual environment:" \
+		"on Debian or Ubuntu, apt install python3-venv." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,5 @@
+"""`python -m loglinear`."""
+
+from loglinear.cli import main
+
+main()

@@ -1,0 +1,113 @@
+"""The one front door. Everything heavy is imported inside a command, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loglinear.errors import UserError
+
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; examples are in configs/.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings to change, such as optimizer.lr=1e-3.", metavar="[SECTION.KEY=VALUE]..."),
+]
+RunDir = Annotated[Path, typer.Argument(help="The folder of a training run (its run.dir).", metavar="RUN_DIR")]
+
+app = typer.Typer(
+    help="Pretrain language models with adaptive log-linear attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train, or go on with a run that was interrupted. Start it under torchrun for several ranks."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from loglinear.train.run import train as run
+
+    run(settings)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks to plan for.")] = 1,
+) -> None:
+    """Show parameters, FLOPs and memory per rank of a run; nothing is started."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from loglinear.train.plan import make_plan, print_plan
+
+    print_plan(make_plan(settings, ranks))
+
+
+@app.command(name="eval")
+def evaluate(
+    run_dir: RunDir,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences to use; all if not given.")] = None,
+) -> None:
+    """Held-out loss of a run's last checkpoint."""
+    from loglinear.train.inference import evaluate_run
+
+    evaluate_run(run_dir, samples)
+
+
+@app.command()
+def generate(
+    run_dir: RunDir,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue a text with a run's last checkpoint, token by token."""
+    from loglinear.train.inference import generate_text
+
+    generate_text(run_dir, prompt, tokens, temperature, seed)
+
+
+@data_app.command()
+def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train the tokenizer if need be and tokenise the sources into shards; called again, it goes on."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from data_pipeline.prepare import prepare as run
+    from data_pipeline.progress import console_progress, summary
+
+    with console_progress() as progress:
+        index = run(settings.data, settings.model.vocab_size, progress)
+    typer.echo(summary(index))
+
+
+@bench_app.command()
+def ops(out: Annotated[Path, typer.Option(help="Where the table and the plot go.")] = Path("runs/bench-ops")) -> None:
+    """Time of log-linear attention against sequence length on the CPU, beside softmax attention."""
+    from loglinear.bench.ops import bench_ops
+
+    bench_ops(out)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        typer.echo(f"loglinear{rank}: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,86 @@
+"""What is done with a run's last checkpoint: evaluate it, generate from it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from data_pipeline.batch import Batch
+from data_pipeline.held_out import held_out_batches
+from data_pipeline.tokenizer import load_tokenizer
+from loglinear.checkpoint import load_weights, read_latest
+from loglinear.config import Config
+from loglinear.model import LanguageModel, build_model
+from loglinear.model.generation import generate
+from loglinear.parallel import start_world
+from loglinear.train.engine import DTYPES
+from loglinear.train.evaluation import held_out_loss
+from loglinear.train.folder import RunFolder
+
+
+def evaluate_run(root: Path, samples: int | None) -> None:
+    """Print the held-out loss of the run in `root`; under torchrun the ranks share the work.
+
+    Args:
+        root: the run's folder.
+        samples: held-out sequences to use, the first ones; all if None.
+
+    Raises:
+        UserError: there is no run, no complete checkpoint, or no held-out data.
+    """
+    folder = RunFolder(root)
+    config = folder.load_config()
+    world = start_world()
+    model, step = _load(folder, config, world.device)
+    batches = held_out_batches(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        seq_len=config.model.seq_len,
+        batch=config.train.micro_batch,
+        limit_samples=samples or sys.maxsize,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+    def loss_sum(batch: Batch) -> torch.Tensor:
+        return model(batch.inputs.to(world.device), batch.labels.to(world.device), batch.cu_seqlens)
+
+    console = Console(stderr=True, quiet=world.rank > 0)
+    loss = held_out_loss(loss_sum, track(batches, "evaluating", console=console, transient=True), world)
+    if world.rank == 0:
+        print(f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
+    world.close()
+
+
+def generate_text(root: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Print `prompt` and `tokens` tokens that continue it, as they come.
+
+    Raises:
+        UserError: there is no run, or no complete checkpoint.
+    """
+    folder = RunFolder(root)
+    config = folder.load_config()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _ = _load(folder, config, device)
+    tokenizer = load_tokenizer(folder.tokenizer, config.model.vocab_size)
+    known = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    shown = 0
+    for token in generate(model, known, tokens, temperature=temperature, seed=seed, device=device):
+        known.append(token)
+        text = tokenizer.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # the rest of a character may follow
+        print(text[shown:], end="", flush=True)
+        shown = max(shown, len(text))
+    print()
+
+
+def _load(folder: RunFolder, config: Config, device: torch.device) -> tuple[LanguageModel, int]:
+    """The model of the last complete checkpoint, and the steps that it was trained for."""
+    snapshot = read_latest(folder.checkpoints)
+    model = build_model(config.model, config.run.seed)
+    load_weights(snapshot.folder, model)
+    return model.to(device, DTYPES[config.train.precision]).eval(), snapshot.step

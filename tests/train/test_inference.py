@@ -1,0 +1,76 @@
+"""What a finished run is good for: its last checkpoint is evaluated and generated from, anywhere."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.tokenizer import Tokenizer
+from loglinear.errors import UserError
+from loglinear.train.inference import evaluate_run, generate_text
+from tests.processes import exit_codes, start_ranks
+from tests.train.small import records
+
+RESULT = re.compile(r"step (\d+): held-out loss ([\d.]+) nats/token, perplexity ([\d.]+)")
+
+
+def last_held_out(run: Path) -> float:
+    return [record["held_out_loss"] for record in records(run) if "held_out_loss" in record][-1]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_evaluation_gives_the_loss_that_training_saw(reference: Path, tmp_path: Path, ranks: int) -> None:
+    log = tmp_path / "log"
+    assert exit_codes(start_ranks(ranks, evaluate_run, reference, 8, log=log)) == [0] * ranks
+    step, loss, perplexity = map(float, RESULT.findall(log.read_text())[0])
+    assert step == 24
+    assert loss == pytest.approx(last_held_out(reference), abs=6e-5)
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+
+
+def test_evaluation_uses_all_held_out_text_unless_told(reference: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert exit_codes(start_ranks(1, evaluate_run, reference, None, log=log)) == [0]
+    assert float(RESULT.findall(log.read_text())[0][1]) != pytest.approx(last_held_out(reference), abs=6e-5)
+
+
+def generated(reference: Path, capsys: pytest.CaptureFixture[str], temperature: float, seed: int) -> str:
+    generate_text(reference, "abc \N{GRINNING FACE}", 40, temperature, seed)
+    return capsys.readouterr().out
+
+
+def test_generation_goes_on_from_the_prompt(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = generated(reference, capsys, 0.8, 0)
+    assert text.startswith("abc \N{GRINNING FACE}")
+    assert len(text) > 30
+    assert text == generated(reference, capsys, 0.8, 0)
+    assert text != generated(reference, capsys, 0.8, 1)
+    assert generated(reference, capsys, 0.0, 0) == generated(reference, capsys, 0.0, 1)
+
+
+def test_a_moved_run_still_generates(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = Path(shutil.copytree(reference, tmp_path / "moved"))
+    assert generated(moved, capsys, 0.0, 0) == generated(reference, capsys, 0.0, 0)
+
+
+def test_the_run_keeps_its_tokenizer(reference: Path) -> None:
+    assert Tokenizer(reference / "tokenizer.model").vocab_size == 300
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run folder \(no config.yaml in it\)"):
+        generate_text(tmp_path, "a", 1, 1.0, 0)
+
+
+def test_torchrun_starts_ranks_that_share_an_evaluation(reference: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "loglinear", "eval", str(reference), "--samples", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (result,) = RESULT.findall(done.stdout)
+    assert float(result[1]) == pytest.approx(last_held_out(reference), abs=6e-5)

@@ -1,0 +1,154 @@
+"""The plan of a run against what a real model keeps in memory, and against sums by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loglinear.config import Config, MixerName
+from loglinear.errors import UserError
+from loglinear.model import LanguageModel
+from loglinear.train.plan import Plan, make_plan, print_plan
+
+PATTERNS: dict[str, tuple[MixerName, ...]] = {
+    "log_linear": ("log_linear",),
+    "softmax": ("softmax",),
+    "hybrid": ("log_linear", "softmax"),
+}
+
+
+def config_of(pattern: tuple[MixerName, ...], **train: Any) -> Config:
+    """Three layers, four chunks a sequence, dimensions that are all different."""
+    return Config.model_validate(
+        {
+            "model": {
+                "vocab_size": 70,
+                "seq_len": 256,
+                "dim": 48,
+                "layers": 3,
+                "mlp_dim": 56,
+                "pattern": pattern,
+                "log_linear": {"heads": 4, "head_dim": 16, "groups": 2, "state_dim": 24},
+                "softmax": {"heads": 3, "head_dim": 32},
+            },
+            "train": {"global_batch": 12, "micro_batch": 3, **train},
+        }
+    )
+
+
+class Ledger:
+    """The bytes of all storages that autograd holds: now, and the most at any time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.not_counted = {parameter.data_ptr() for parameter in model.parameters()}
+        self.holders: Counter[int] = Counter()
+        self.now = self.most = 0
+
+    def change(self, tensor: torch.Tensor, by: int) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.not_counted:
+            return
+        before = self.holders[storage.data_ptr()]
+        self.holders[storage.data_ptr()] += by
+        self.now += storage.nbytes() * ((before + by > 0) - (before > 0))
+        self.most = max(self.most, self.now)
+
+
+@dataclass
+class Held:
+    """A tensor in autograd's hands, which leaves the ledger as soon as they let go of it."""
+
+    tensor: torch.Tensor
+    ledger: Ledger
+
+    def __post_init__(self) -> None:
+        self.ledger.change(self.tensor, 1)
+
+    def __del__(self) -> None:
+        self.ledger.change(self.tensor, -1)
+
+
+def measured(config: Config) -> int:
+    """The most that autograd holds in a forward and backward pass of one micro-batch on the CPU, in bytes."""
+    torch.manual_seed(0)
+    model = LanguageModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
+    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision])
+    tokens_bt = torch.randint(config.model.vocab_size, (config.train.micro_batch, config.model.seq_len))
+    ledger = Ledger(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Held(tensor, ledger), lambda held: held.tensor):
+        model(tokens_bt, tokens_bt).backward()
+    assert ledger.now == 0
+    return ledger.most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["keeping", "recomputing"])
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_activations_are_what_autograd_holds(
+    pattern: tuple[MixerName, ...], checkpointing: bool, precision: str
+) -> None:
+    config = config_of(pattern, activation_checkpointing=checkpointing, precision=precision)
+    assert make_plan(config, 1).memory["activations"] == pytest.approx(measured(config), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "weights", "gradients"),
+    [
+        (1, "fp32", 4.0, 4.0),
+        (1, "bf16", 2.0, 2.0),
+        (2, "fp32", 4.0, 1.0),
+        (2, "bf16", 2.0, 0.5),
+        (3, "fp32", 1.0, 1.0),
+        (3, "bf16", 0.5, 0.5),
+    ],
+)
+def test_bytes_of_a_parameter_on_four_ranks_by_hand(
+    stage: int, precision: str, weights: float, gradients: float
+) -> None:
+    """ZeRO 1 shards 12 bytes of fp32 weight and two moments, ZeRO 2 the gradient too, ZeRO 3 the weight too."""
+    plan = make_plan(config_of(PATTERNS["softmax"], zero_stage=stage, precision=precision, micro_batch=1), 4)
+    assert plan.parameters == 70 * 48 + 3 * (4 * 48 * 96 + 3 * 48 * 56 + 2 * 48) + 48
+    assert plan.parameters % 4 == 0
+    state = {kind: plan.memory[kind] / plan.parameters for kind in ("weights", "gradients", "optimizer")}
+    assert state == {"weights": weights, "gradients": gradients, "optimizer": 3.0}
+
+
+def test_sums_of_a_softmax_model_by_hand() -> None:
+    plan = make_plan(config_of(PATTERNS["softmax"]), 2)
+    products = 70 * 48 + 3 * (4 * 48 * 96 + 3 * 48 * 56)
+    scores_and_values = 3 * 2 * 96 * 256 // 2  # of which a causal half
+    assert plan.flops_per_token == 3 * 2 * (products + scores_and_values)
+    assert plan.tokens_per_step == 12 * 256
+    assert plan.micro_batches == 2
+
+
+def test_shares_of_a_model_that_does_not_divide_are_rounded_up() -> None:
+    whole, third = (make_plan(config_of(PATTERNS["hybrid"], micro_batch=4), ranks) for ranks in (1, 3))
+    bare = make_plan(config_of(PATTERNS["hybrid"], micro_batch=1, zero_stage=3), 12)
+    assert third.memory["optimizer"] == 12 * -(-whole.parameters // 3)
+    assert bare.memory["weights"] == 4 * -(-whole.parameters // 12)
+
+
+def test_nothing_is_allocated() -> None:
+    config = config_of(PATTERNS["log_linear"])
+    enormous = config.model.model_copy(update={"vocab_size": 10**7, "dim": 10**6})
+    plan = make_plan(config.model_copy(update={"model": enormous}), 1)
+    assert plan.memory["weights"] > 40 * 10**12
+
+
+def test_ranks_that_do_not_divide_the_batch_are_named() -> None:
+    with pytest.raises(UserError, match=r"train.global_batch \(12\) must be a multiple of .* ranks \(8\)"):
+        make_plan(config_of(PATTERNS["softmax"]), 8)
+
+
+def test_the_table_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(1234567, 890, 4096, 2, {"weights": 2**30, "activations": 2**29})
+    print_plan(plan)
+    shown = capsys.readouterr().out
+    for text in ("1,234,567", "890", "4,096", "weights, per rank", "1.000 GiB", "0.500 GiB", "1.500 GiB"):
+        assert text in shown
