@@ -30,7 +30,7 @@ def load_read(read_ptr, read_gap_ptr, scales_ptr, stride, read, head, t, H: tl.c
     gap = tl.load(read_gap_ptr + read * H + head)
     scale_t = tl.full([t.shape[0]], 1.0, tl.float32)
     if SCALED:
-        scale_t = tl.load(scales_ptr + tl.load(read_ptr + 3 * read + 1) * stride + t).to(tl.float32)
+        scale_t = tl.load(scales_ptr + tl.load(read_ptr + 4 * read + 1) * stride + t).to(tl.float32)
     return gap, scale_t
 
 

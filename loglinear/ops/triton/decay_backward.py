@@ -5,7 +5,8 @@ there: a sum over earlier keys. Neither: later readers of the states that the to
 right in merges of states. Only the first kind subtracts, and that within one chunk and one fp32 matrix, so rounding
 of the operands does not add up over a sequence.
 
-Shapes: c chunk (row of the tables), t slot, h value head, x run, e height of a run, b block of the value size.
+Shapes: c chunk (row of the tables), t slot, h value head, m source (a run that is read), e height of a run,
+b block of the value size, u block of slots.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from loglinear.ops.triton.tables import CHUNK, Tables
 def decay_gradients(
     ddecays_cht: list[torch.Tensor],
     dto_end_bcht: torch.Tensor,
-    dreads_ech: torch.Tensor,
-    spans_xh: torch.Tensor,
+    dreads_uech: torch.Tensor,
+    spans_mh: torch.Tensor,
     dg_th: torch.Tensor,
     tables: Tables,
 ) -> None:
@@ -30,13 +31,14 @@ def decay_gradients(
     heads = dg_th.shape[1]
     block = min(16, triton.next_power_of_2(heads))
     blocks = triton.cdiv(heads, block)
-    later_ech = torch.empty_like(dreads_ech)
-    if len(tables.bucket):
-        _later_readers[(len(tables.bucket), blocks)](
-            dreads_ech, later_ech, tables.bucket, tables.rows, heads, BLOCK_ROWS=64, BLOCK=block
-        )
+    later_ech = torch.empty_like(dreads_uech[0])
+    if len(tables.source):
+        _later_readers[(len(tables.source), blocks)](
+            dreads_uech, later_ech, tables.source, tables.rows, heads, dreads_uech.stride(0),
+            PARTS=len(dreads_uech), BLOCK_ROWS=64, BLOCK=block,
+        )  # fmt: skip
     _decay_gradients[(tables.rows, blocks)](
-        *ddecays_cht, dto_end_bcht, later_ech, spans_xh, dg_th, tables.row_token, tables.row_slots,
+        *ddecays_cht, dto_end_bcht, later_ech, spans_mh, dg_th, tables.row_token, tables.row_slots,
         tables.read_start, tables.read, tables.rows, heads,
         PARTS=len(dto_end_bcht), CHUNK=CHUNK, BLOCK=block,
     )  # fmt: skip
@@ -44,12 +46,13 @@ def decay_gradients(
 
 @triton.jit
 def _later_readers(
-    dreads_ptr, later_ptr, bucket_ptr, rows, H, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """For every row that reads a run: the sum over the rows after it that read the same run."""
-    bucket_ptr += 3 * tl.program_id(0)
-    first, end = tl.load(bucket_ptr), tl.load(bucket_ptr + 1)
-    height = tl.load(bucket_ptr + 2).to(tl.int64)
+    dreads_ptr, later_ptr, source_ptr, rows, H, stride,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For every row that reads a source: the sum over the rows after it that read the same one."""
+    source_ptr += 7 * tl.program_id(0)
+    first, end = tl.load(source_ptr + 4), tl.load(source_ptr + 5)
+    height = tl.load(source_ptr + 6).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     later_h = tl.zeros([BLOCK], tl.float32)
     for block in range(tl.cdiv(end - first, BLOCK_ROWS)):
@@ -57,7 +60,9 @@ def _later_readers(
         at_ch = (height * rows + row_c[:, None]) * H + h[None, :]
         valid_ch = (row_c >= first)[:, None] & (h < H)[None, :]
         next_ch = valid_ch & (row_c + 1 < end)[:, None]
-        after_ch = tl.load(dreads_ptr + at_ch + H, mask=next_ch, other=0.0)
+        after_ch = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+        for part in tl.static_range(PARTS):
+            after_ch += tl.load(dreads_ptr + part * stride + at_ch + H, mask=next_ch, other=0.0)
         sums_ch = tl.cumsum(after_ch, 0, reverse=True) + later_h[None, :]
         tl.store(later_ptr + at_ch, sums_ch, mask=valid_ch)
         later_h += tl.sum(after_ch, 0)
@@ -75,10 +80,10 @@ def _decay_gradients(
     exists_th = (t >= 0)[:, None] & exists_h[None, :]
     around_h = tl.zeros([BLOCK], tl.float32)
     for read in range(tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)):
-        run, height = tl.load(read_ptr + 3 * read), tl.load(read_ptr + 3 * read + 2)
+        height, source = tl.load(read_ptr + 4 * read + 2), tl.load(read_ptr + 4 * read + 3)
         later_at = (height.to(tl.int64) * rows + row) * H + h
         around_h += tl.load(later_ptr + later_at, mask=exists_h, other=0.0)
-        around_h += tl.load(spans_ptr + run.to(tl.int64) * H + h, mask=exists_h, other=0.0)
+        around_h += tl.load(spans_ptr + source * H + h, mask=exists_h, other=0.0)
     at_th = (row.to(tl.int64) * H + h[None, :]) * CHUNK + t[:, None]
     queries_th = tl.load(reads_ptr + at_th, mask=exists_th, other=0.0)
     queries_th += tl.load(diagonal_ptr + at_th, mask=exists_th, other=0.0)

@@ -22,7 +22,7 @@ from loglinear.ops.triton.prepare import Decays, levels_innermost, slots_innermo
 from loglinear.ops.triton.queries import query_gradients
 from loglinear.ops.triton.states import run_states
 from loglinear.ops.triton.tables import CHUNK, make_tables
-from loglinear.ops.triton.tree_backward import piece_gradients, run_gradients
+from loglinear.ops.triton.tree_backward import bring_down, piece_gradients
 
 Tensor = torch.Tensor
 
@@ -128,17 +128,13 @@ def _backward(
     sizes = _sizes(q_tgn, v_thp)
     decays = Decays(decay_cht, boundary_xh, run_decay_xh, read_decay_mh)
     scales = scales_chlt if len(scales_chlt) else None
-    dscales_chlt = None if scales is None else torch.empty_like(scales_chlt)
     dpieces_yhnp = piece_gradients(q_tgn, do_thp, scales, decays, scale, tables, sizes)
-    spans_xh = decay_cht.new_empty(tables.runs, sizes.heads)
-    druns_xhnp = run_gradients(dpieces_yhnp, states_xhnp, decays, spans_xh, tables, sizes)
+    spans_mh = bring_down(dpieces_yhnp, states_xhnp, decays, tables, sizes)
     dv_thp = torch.empty_like(v_thp)
-    dk_wtgn, dto_end_bcht, row_spans_bxh = key_gradients(
-        k_tgn, v_thp, decays, states_xhnp, dpieces_yhnp, druns_xhnp, dv_thp, tables, sizes
-    )
-    del dpieces_yhnp, druns_xhnp
-    torch.sum(row_spans_bxh, 0, out=spans_xh[: tables.rows])
-    dq_wtgn, dreads_cht, dreads_ech = query_gradients(
+    dk_wtgn, dto_end_bcht = key_gradients(k_tgn, v_thp, decays, dpieces_yhnp, dv_thp, tables, sizes)
+    del dpieces_yhnp
+    dscales_chlt = None if scales is None else torch.empty_like(scales_chlt)
+    dq_wtgn, dreads_cht, dreads_uech = query_gradients(
         q_tgn, do_thp, scales, decays, states_xhnp, dscales_chlt, scale, tables, sizes
     )
     dintra_cht = intra_gradients(
@@ -146,12 +142,16 @@ def _backward(
         tables, sizes,
     )  # fmt: skip
     dg_th = decay_cht.new_empty(v_thp.shape[:2])
-    decay_gradients([dreads_cht, *dintra_cht], dto_end_bcht, dreads_ech, spans_xh, dg_th, tables)
+    decay_gradients([dreads_cht, *dintra_cht], dto_end_bcht, dreads_uech, spans_mh, dg_th, tables)
     dscales_thl = dg_th.new_empty(0)
     if dscales_chlt is not None:
         dscales_thl = levels_innermost(dscales_chlt, len(v_thp), tables)
-    dq_tgn, dk_tgn = (part_wtgn.sum(0).to(q_tgn.dtype) for part_wtgn in (dq_wtgn, dk_wtgn))
+    dq_tgn, dk_tgn = (_sum(parts_wtgn).to(q_tgn.dtype) for parts_wtgn in (dq_wtgn, dk_wtgn))
     return dq_tgn, dk_tgn, dv_thp, dg_th, dscales_thl
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 @_backward.register_fake

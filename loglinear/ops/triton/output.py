@@ -106,7 +106,7 @@ def _outputs(
         o_tp = tl.dot(weights1_ts, v1_sp, o_tp, input_precision=PRECISION)
 
         for read in range(read_from, read_to):
-            run = tl.load(read_ptr + 3 * read).to(tl.int64)
+            run = tl.load(read_ptr + 4 * read).to(tl.int64)
             state_np = tl.load(states_ptr + (run * H + head) * N * P + (n[:, None] * P + p[None, :]))
             weight_t = read_scale_t * tl.exp2(decay_t + gap)
             gap, read_scale_t = load_read(

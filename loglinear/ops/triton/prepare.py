@@ -44,8 +44,21 @@ def sum_decays(g_th: torch.Tensor, tables: Tables) -> Decays:
 
 def _gaps(boundary_xh: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
     """Between pairs of boundaries [pairs, 2]: differences of fp64 sums, so exact at any length."""
-    since_xh, until_xh = (boundary_xh.index_select(0, end) for end in pair.unbind(1))
-    return (until_xh - since_xh).float()
+    pairs, heads = len(pair), boundary_xh.shape[1]
+    gap_mh = boundary_xh.new_empty(pairs, heads, dtype=torch.float32)
+    _subtract[(triton.cdiv(pairs * heads, 256),)](boundary_xh, pair, gap_mh, pairs, heads, BLOCK=256)
+    return gap_mh
+
+
+@triton.jit
+def _subtract(boundary_ptr, pair_ptr, gap_ptr, pairs, H, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = i < pairs * H
+    since = tl.load(pair_ptr + i // H * 2, mask=exists, other=0)
+    until = tl.load(pair_ptr + i // H * 2 + 1, mask=exists, other=0)
+    start = tl.load(boundary_ptr + since * H + i % H, mask=exists, other=0.0)
+    end = tl.load(boundary_ptr + until * H + i % H, mask=exists, other=0.0)
+    tl.store(gap_ptr + i, (end - start).to(tl.float32), mask=exists)
 
 
 @triton.jit
@@ -81,7 +94,7 @@ def slots_innermost(scales_thl: torch.Tensor, tables: Tables) -> torch.Tensor:
     """Level scales as [C, H, L, T], so that the scales of one level lie side by side."""
     _, heads, levels = scales_thl.shape
     scales_chlt = scales_thl.new_empty(tables.rows, heads, levels, CHUNK)
-    _to_slots_innermost[(tables.rows, heads)](
+    _to_slots_innermost[(tables.rows * heads,)](
         scales_thl, scales_chlt, tables.row_token, tables.row_slots, heads, levels,
         CHUNK=CHUNK, BLOCK=triton.next_power_of_2(levels),
     )  # fmt: skip
@@ -92,7 +105,7 @@ def slots_innermost(scales_thl: torch.Tensor, tables: Tables) -> torch.Tensor:
 def _to_slots_innermost(
     scales_ptr, out_ptr, row_token_ptr, row_slots_ptr, H, L, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0) // H, tl.program_id(0) % H
     t = tl.arange(0, CHUNK)
     level = tl.arange(0, BLOCK)
     token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
@@ -108,7 +121,7 @@ def levels_innermost(dscales_chlt: torch.Tensor, tokens: int, tables: Tables) ->
     """Gradients of level scales as [tokens, H, L]; levels that a row does not read become zero."""
     _, heads, levels, _ = dscales_chlt.shape
     dscales_thl = dscales_chlt.new_empty(tokens, heads, levels)
-    _to_levels_innermost[(tables.rows, heads)](
+    _to_levels_innermost[(tables.rows * heads,)](
         dscales_chlt, dscales_thl, tables.row_token, tables.row_slots, tables.row_levels, heads, levels,
         CHUNK=CHUNK, BLOCK=triton.next_power_of_2(levels), FIRST_READ_LEVEL=FIRST_READ_LEVEL,
     )  # fmt: skip
@@ -120,7 +133,7 @@ def _to_levels_innermost(
     dscales_ptr, out_ptr, row_token_ptr, row_slots_ptr, row_levels_ptr, H, L,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, FIRST_READ_LEVEL: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0) // H, tl.program_id(0) % H
     t = tl.arange(0, CHUNK)
     level = tl.arange(0, BLOCK)
     token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)

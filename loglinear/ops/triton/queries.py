@@ -1,7 +1,7 @@
 """Gradients of what queries read from the states of runs: with respect to q, level scales and decays.
 
 Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n state (key) size, p value head size,
-l level, x run, e height of a run, w part of a sum over heads.
+l level, x run, e height of a run, w part of a sum over heads, u block of slots.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from loglinear.ops.triton.common import load_read, row_tokens
 from loglinear.ops.triton.config import Sizes
 from loglinear.ops.triton.prepare import Decays
 from loglinear.ops.triton.tables import CHUNK, Tables
+
+BLOCK_T = 64  # slots of a program: with half a chunk two programs fit a multiprocessor
 
 
 def query_gradients(
@@ -32,35 +34,36 @@ def query_gradients(
     Returns:
         dq_wtgn, parts of dq, fp32.
         ddecay_cht, how the loss depends on the decay up to each query.
-        dreads_ech, its sum over the slots of a row, of the read of a run of height e, where there is one.
+        dreads_uech, its sums over blocks of slots of a row, of the read of a run of height e, where there is one.
     """
     at_once = sizes.heads_at_once(tables.rows, 32)
     parts = sizes.per_group // at_once
     dq_wtgn = q_tgn.new_empty(parts, *q_tgn.shape, dtype=torch.float32)
     ddecay_cht = torch.empty_like(decays.slot_cht)
-    dreads_ech = ddecay_cht.new_empty(tables.top + 1, tables.rows, sizes.heads)
-    _query_gradients[(tables.rows, sizes.heads // at_once)](
+    blocks = CHUNK // BLOCK_T
+    dreads_uech = ddecay_cht.new_empty(blocks, len(tables.source_heights), tables.rows, sizes.heads)
+    _query_gradients[(tables.rows * blocks, sizes.heads // at_once)](
         q_tgn, do_thp, scales_chlt, decays.slot_cht, decays.read_mh, states_xhnp, dq_wtgn, dscales_chlt, ddecay_cht,
-        dreads_ech, tables.row_token, tables.row_slots, tables.read_start, tables.read,
-        scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows,
+        dreads_uech, tables.row_token, tables.row_slots, tables.read_start, tables.read,
+        scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows, len(tables.source_heights),
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-        BLOCK_P=min(sizes.value, 128), AT_ONCE=at_once, SCALED=scales_chlt is not None,
-        PRECISION=sizes.precision, num_warps=16 if sizes.state == 256 else 8, num_stages=2,
+        BLOCK_T=BLOCK_T, BLOCK_P=min(sizes.value, 128), AT_ONCE=at_once, SCALED=scales_chlt is not None,
+        PRECISION=sizes.precision, num_warps=8 if sizes.state == 256 else 4, num_stages=2,
     )  # fmt: skip
-    return dq_wtgn, ddecay_cht, dreads_ech
+    return dq_wtgn, ddecay_cht, dreads_uech
 
 
 @triton.jit
 def _query_gradients(
     q_ptr, do_ptr, scales_ptr, decay_ptr, read_gap_ptr, states_ptr, dq_ptr, dscales_ptr, ddecay_ptr,
-    dreads_ptr, row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L, tokens, rows,
+    dreads_ptr, row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L, tokens, rows, heights,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row, block_t = tl.program_id(0) // (CHUNK // BLOCK_T), tl.program_id(0) % (CHUNK // BLOCK_T)
     first_head = tl.program_id(1) * AT_ONCE
     groups: tl.constexpr = H // R
-    t, n, p = tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, BLOCK_P)
+    t, n, p = block_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, N), tl.arange(0, BLOCK_P)
     token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     to_group = (token * groups + first_head // R) * N
     q_at = t[:, None] * (groups * N) + n[None, :]
@@ -68,7 +71,7 @@ def _query_gradients(
     state_at = n[:, None] * P + p[None, :]
     q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_t[:, None], other=0.0)
     read_from, read_to = tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)
-    dq_tn = tl.zeros([CHUNK, N], tl.float32)
+    dq_tn = tl.zeros([BLOCK_T, N], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
         scales_row_ptr = scales_ptr
@@ -76,11 +79,11 @@ def _query_gradients(
             scales_row_ptr += of_row * L * CHUNK
         gap, scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, SCALED)
         decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
-        ddecay_t = tl.zeros([CHUNK], tl.float32)
+        ddecay_t = tl.zeros([BLOCK_T], tl.float32)
         do_head_ptr = do_ptr + (token * H + head) * P
         do_tp = tl.load(do_head_ptr + do_at, mask=valid_t[:, None], other=0.0)
         for read in range(read_from, read_to):
-            run = tl.load(read_ptr + 3 * read).to(tl.int64)
+            run = tl.load(read_ptr + 4 * read).to(tl.int64)
             state_ptr = states_ptr + (run * H + head) * N * P
             dread_tn = tl.dot(do_tp, tl.trans(tl.load(state_ptr + state_at)), input_precision=PRECISION)
             for block in tl.static_range(BLOCK_P, P, BLOCK_P):
@@ -95,11 +98,11 @@ def _query_gradients(
             dscale_t = weight_t * tl.sum(dread_tn * q_tn.to(tl.float32), 1)
             dq_tn += (weight_t * scale_now_t)[:, None] * dread_tn
             if SCALED:
-                at_level = (of_row * L + tl.load(read_ptr + 3 * read + 1)) * CHUNK
+                at_level = (of_row * L + tl.load(read_ptr + 4 * read + 1)) * CHUNK
                 tl.store(dscales_ptr + at_level + t, dscale_t.to(dscales_ptr.dtype.element_ty))
             dscale_t *= scale_now_t
             ddecay_t += dscale_t
-            height = tl.load(read_ptr + 3 * read + 2).to(tl.int64)
+            height = (block_t * heights + tl.load(read_ptr + 4 * read + 2)).to(tl.int64)
             tl.store(dreads_ptr + (height * rows + row) * H + head, tl.sum(dscale_t, 0))
         tl.store(ddecay_ptr + of_row * CHUNK + t, ddecay_t)
     part = tl.program_id(1) % (R // AT_ONCE)

@@ -26,15 +26,15 @@ def run_states(
     """States of all runs, each decayed to its end, in v's dtype: [runs, H, N, P]."""
     states_xhnp = v_thp.new_empty(tables.runs, sizes.heads, sizes.state, sizes.value)
     block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
-    grid = (tables.rows, sizes.heads, sizes.state // block_n * (sizes.value // block_p))
+    grid = (tables.rows * sizes.heads, sizes.state // block_n * (sizes.value // block_p))
     _chunk_states[grid](
         k_tgn, v_thp, decays.slot_cht, states_xhnp, tables.row_token, tables.row_slots,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-        BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=4,
+        BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=8,
     )  # fmt: skip
     block = sizes.flat_block
-    for runs in tables.heights:
-        _merge[(runs.stop - runs.start, sizes.heads, sizes.flat // block)](
+    for runs in tables.run_heights:
+        _merge[((runs.stop - runs.start) * sizes.heads, sizes.flat // block)](
             states_xhnp, decays.run_xh, tables.merge, runs.start, tables.rows,
             H=sizes.heads, F=sizes.flat, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -47,10 +47,10 @@ def _chunk_states(
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0) // H, tl.program_id(0) % H
     t = tl.arange(0, CHUNK)
-    n = tl.program_id(2) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.program_id(1) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(1) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
     token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     groups: tl.constexpr = H // R
     k_ptr += (token * groups + head // R) * N
@@ -70,8 +70,8 @@ def _merge(
     states_ptr, run_decay_ptr, merge_ptr, first, rows,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    merge, head = first + tl.program_id(0), tl.program_id(1)
-    f = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    merge, head = first + tl.program_id(0) // H, tl.program_id(0) % H
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     left, right = tl.load(merge_ptr + 2 * merge), tl.load(merge_ptr + 2 * merge + 1).to(tl.int64)
     decay = tl.exp2(tl.load(run_decay_ptr + left * H + head, mask=left >= 0, other=0.0))
     left_ptr = states_ptr + (left.to(tl.int64) * H + head) * F

@@ -21,25 +21,25 @@ PIECE = 32  # rows: bounds the longest program, and with it the tail of the laun
 
 @dataclass(frozen=True)
 class Tables:
-    """Index tables on the device, int32 unless said otherwise."""
+    """Index tables on the device, int32 unless said otherwise. A source is a run that is read."""
 
     rows: int
     runs: int
     reads: int
     pieces: int
-    top: int  # heights of runs above the rows
-    heights: tuple[slice, ...]  # the runs of 2, 4, 8, ... chunks, counted from the first of them
+    run_heights: tuple[slice, ...]  # the runs of 2, 4, 8, ... chunks, counted from the first of them
+    source_heights: tuple[slice, ...]  # the sources of 1, 2, 4, ... chunks
     row_token: torch.Tensor  # int64, token in slot 0 of each row (before the sequence where slots are padding)
     row_slots: torch.Tensor  # [rows, 2], first slot with a token and the end of them
     row_levels: torch.Tensor  # bit mask of the levels that a row's reads have
+    row_gradient: torch.Tensor  # piece that holds the gradient of a row's state, -1 where that is zero
     read_start: torch.Tensor  # [rows + 1], reads of each row
-    read: torch.Tensor  # [reads + 1, 3]: run, level, height; one more, so that a loop may look ahead
+    read: torch.Tensor  # [reads + 1, 4]: run, level, height, source; one more, so that a loop may look ahead
     read_gap: torch.Tensor  # [reads + 1, 2]: boundaries at the run's end and before the row
     merge: torch.Tensor  # [runs of more than one chunk, 2]: left run or -1, right run
-    run: torch.Tensor  # [runs, 4]: parent or -1, whether it is a left half, pieces from, to
     run_gap: torch.Tensor  # [runs, 2]: boundaries at the run's end and its parent's
+    source: torch.Tensor  # [sources, 7]: run, pieces from, to, parent's gradient or -1, rows from, to, height
     piece: torch.Tensor  # [pieces, 5], longest first: rows from, to, boundary, level, where its sum goes
-    bucket: torch.Tensor  # [runs that are read, 3]: rows from, to that read it, height
 
 
 @lru_cache(maxsize=64)
@@ -51,9 +51,12 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
     merge[merges.missing.numpy(), 0] = -1
     row_token, row_slots = _rows(sequences)
     row, read = _reads(plan)
-    run, run_gap, piece, bucket = _runs(plan.rows, merge, row, read)
+    source, piece = _sources(row, read)
+    heights = (slice(0, plan.rows), *(slice(h.start + plan.rows, h.stop + plan.rows) for h in merges.heights))
+    run_gap, above = _parents(heights, merge, source)
     levels = np.zeros(plan.rows, np.int64)
     np.bitwise_or.at(levels, row, 1 << read[:, 1])
+    of_source = np.searchsorted(source[:, 0], read[:, 0])
     one_more = ((0, 1), (0, 0))
 
     def put(table: np.ndarray, dtype: type = np.int32) -> torch.Tensor:
@@ -61,22 +64,22 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
 
     return Tables(
         rows=plan.rows,
-        runs=len(run),
+        runs=len(run_gap),
         reads=len(read),
         pieces=len(piece),
-        top=len(merges.heights),
-        heights=merges.heights,
+        run_heights=merges.heights,
+        source_heights=tuple(slice(*np.searchsorted(source[:, 0], (h.start, h.stop)).tolist()) for h in heights),
         row_token=put(row_token, np.int64),
         row_slots=put(row_slots),
         row_levels=put(levels),
+        row_gradient=put(above[: plan.rows, 0]),
         read_start=put(np.searchsorted(row, np.arange(plan.rows + 1))),
-        read=put(np.pad(read[:, :3], one_more)),
+        read=put(np.pad(np.column_stack([read[:, :3], of_source]), one_more)),
         read_gap=put(np.pad(np.column_stack([read[:, 3], row]), one_more)),
         merge=put(merge[:, :2]),
-        run=put(run),
         run_gap=put(run_gap),
+        source=put(np.column_stack([source[:, :3], above[source[:, 0], 1], source[:, 3:]])),
         piece=put(piece),
-        bucket=put(bucket),
     )
 
 
@@ -102,28 +105,40 @@ def _reads(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     return row[order], read[order]
 
 
-def _runs(
-    rows: int, merge: np.ndarray, row: np.ndarray, read: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The tables `run`, `run_gap`, `piece` and `bucket`."""
-    run, run_gap = np.zeros((rows + len(merge), 4), np.int64), np.zeros((rows + len(merge), 2), np.int64)
-    run[:, 0] = -1
-    left, right, since, until = merge.T
-    above = np.arange(rows, rows + len(merge))
-    run[right, 0] = above
-    has_left = left >= 0
-    run[left[has_left], 0] = above[has_left]
-    run[left[has_left], 1] = 1
-    run_gap[left[has_left]] = np.column_stack([since, until])[has_left]
-
-    source, first, count = np.unique(read[:, 0], return_index=True, return_counts=True)
-    bucket = np.column_stack([row[first], row[first] + count, read[first, 2]])
+def _sources(row: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each run that is read: run, pieces from, to, rows from, to, height. And the table `piece`."""
+    run, first, count = np.unique(read[:, 0], return_index=True, return_counts=True)
     pieces = -(-count // PIECE)
     end = np.cumsum(pieces)
-    run[source, 2], run[source, 3] = end - pieces, end
-    owner = np.repeat(np.arange(len(source)), pieces)
-    slot = np.arange(len(owner))
-    begin = bucket[owner, 0] + (slot - (end - pieces)[owner]) * PIECE
-    stop = np.minimum(begin + PIECE, bucket[owner, 1])
-    piece = np.column_stack([begin, stop, read[first, 3][owner], read[first, 1][owner], slot])
-    return run, run_gap, piece[np.argsort(begin - stop, kind="stable")], bucket
+    source = np.column_stack([run, end - pieces, end, row[first], row[first] + count, read[first, 2]])
+    owner = np.repeat(np.arange(len(run)), pieces)
+    number = np.arange(len(owner))
+    begin = source[owner, 3] + (number - source[owner, 1]) * PIECE
+    stop = np.minimum(begin + PIECE, source[owner, 4])
+    piece = np.column_stack([begin, stop, read[first, 3][owner], read[first, 1][owner], number])
+    return source, piece[np.argsort(begin - stop, kind="stable")]
+
+
+def _parents(
+    heights: tuple[slice, ...], merge: np.ndarray, source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The table `run_gap`, and for every run the pieces that hold the gradients of its state and of its parent's.
+
+    A right half is decayed to its end already, so its gradient is its parent's and has no memory of its own.
+    A left half is a source if it has a parent, because the rows of the right half read it.
+    """
+    rows, runs = heights[0].stop, heights[-1].stop
+    left, right, since, until = merge.T
+    above = np.arange(rows, runs)
+    parent, run_gap = np.full(runs, -1), np.zeros((runs, 2), np.int64)
+    parent[right] = above
+    has_left = left >= 0
+    parent[left[has_left]] = above[has_left]
+    run_gap[left[has_left]] = np.column_stack([since, until])[has_left]
+    own = np.full(runs, -1)
+    own[source[:, 0]] = source[:, 1]
+    gradient = np.full((runs, 2), -1)
+    for height in reversed(heights):
+        gradient[height, 1] = np.where(parent[height] >= 0, gradient[parent[height], 0], -1)
+        gradient[height, 0] = np.where(own[height] >= 0, own[height], gradient[height, 1])
+    return run_gap, gradient

@@ -4,7 +4,7 @@ A left half's state also shows how the loss depends on the decay over the right 
 gradient, its state>. Those products go to `spans`; sums of positive and negative parts of one long scan would not do.
 
 Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n state (key) size, p value head size,
-x run, y piece, f a matrix [n, p] as one vector.
+x run, m source (a run that is read), y piece, f a matrix [n, p] as one vector or values of several heads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from loglinear.ops.triton.common import row_tokens
 from loglinear.ops.triton.config import Sizes
 from loglinear.ops.triton.prepare import Decays
 from loglinear.ops.triton.tables import CHUNK, Tables
+
+BLOCK_T = 64  # slots at a time: with half a chunk two programs fit a multiprocessor
 
 
 def piece_gradients(
@@ -39,7 +41,7 @@ def piece_gradients(
             tables.row_token, tables.row_slots, tables.piece, scale,
             0 if scales_chlt is None else scales_chlt.shape[2],
             H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-            BLOCK_N=block_n, BLOCK_P=block_p, AT_ONCE=at_once, SCALED=scales_chlt is not None,
+            BLOCK_T=BLOCK_T, BLOCK_N=block_n, BLOCK_P=block_p, AT_ONCE=at_once, SCALED=scales_chlt is not None,
             PRECISION=sizes.precision, num_warps=8 if at_once * block_p > 64 else 4, num_stages=2,
         )  # fmt: skip
     return dpieces_yhnp
@@ -65,11 +67,11 @@ def _piece_gradients(
     q_ptr, do_ptr, scales_ptr, decay_ptr, boundary_ptr, dpieces_ptr,
     row_token_ptr, row_slots_ptr, piece_ptr, scale, L,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_head, piece = tl.program_id(0) * AT_ONCE, tl.program_id(1)
-    t, h = tl.arange(0, CHUNK), first_head.to(tl.int64) + tl.arange(0, AT_ONCE)
+    t, h = tl.arange(0, BLOCK_T), first_head.to(tl.int64) + tl.arange(0, AT_ONCE)
     n = tl.program_id(2) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, AT_ONCE * BLOCK_P)  # the values of several heads side by side
     first_p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P
@@ -84,18 +86,23 @@ def _piece_gradients(
     decay_th, scale_th = _load_weights(
         decay_ptr, boundary_ptr, scales_ptr, run_end_h, first, level, h, t, L, H, CHUNK, SCALED
     )
-    for row in range(first, end):
+    steps: tl.constexpr = CHUNK // BLOCK_T
+    for step in range(first * steps, end * steps):
         weight_th = scale * scale_th * tl.exp2(decay_th)
-        weight_thp = tl.broadcast_to(weight_th[:, :, None], [CHUNK, AT_ONCE, BLOCK_P])
+        weight_thp = tl.broadcast_to(weight_th[:, :, None], [BLOCK_T, AT_ONCE, BLOCK_P])
+        ahead = min(step + 1, end * steps - 1)
         decay_th, scale_th = _load_weights(
-            decay_ptr, boundary_ptr, scales_ptr, run_end_h, min(row + 1, end - 1), level, h, t, L, H, CHUNK, SCALED
+            decay_ptr, boundary_ptr, scales_ptr, run_end_h, ahead // steps, level, h, ahead % steps * BLOCK_T + t,
+            L, H, CHUNK, SCALED,
         )  # fmt: skip
-        token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
+        row, first_slot = step // steps, step % steps * BLOCK_T
+        token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, first_slot + t)
+        token += first_slot
         q_row_ptr = q_ptr + (token * groups + first_head // R) * N
         q_tn = tl.load(q_row_ptr + q_at, mask=valid_t[:, None], other=0.0)
         do_row_ptr = do_ptr + (token * H + first_head) * P + first_p
         do_tf = tl.load(do_row_ptr + do_at, mask=valid_t[:, None], other=0.0)
-        weighted_tf = (do_tf * tl.reshape(weight_thp, [CHUNK, AT_ONCE * BLOCK_P])).to(do_tf.dtype)
+        weighted_tf = (do_tf * tl.reshape(weight_thp, [BLOCK_T, AT_ONCE * BLOCK_P])).to(do_tf.dtype)
         dstate_nf = tl.dot(tl.trans(q_tn), weighted_tf, dstate_nf, input_precision=PRECISION)
     dpieces_ptr += (out.to(tl.int64) * H + first_head) * N * P
     out_f = column // BLOCK_P * (N * P) + column % BLOCK_P + first_p
@@ -103,52 +110,45 @@ def _piece_gradients(
     tl.store(dpieces_ptr + n[:, None] * P + out_f[None, :], dstate_nf)
 
 
-def run_gradients(
-    dpieces_yhnp: torch.Tensor,
-    states_xhnp: torch.Tensor,
-    decays: Decays,
-    spans_xh: torch.Tensor,
-    tables: Tables,
-    sizes: Sizes,
+def bring_down(
+    dpieces_yhnp: torch.Tensor, states_xhnp: torch.Tensor, decays: Decays, tables: Tables, sizes: Sizes
 ) -> torch.Tensor:
-    """Gradients of the states of all runs of more than one chunk, from the top down: [runs - rows, H, N, P].
+    """Complete the gradients of the sources, from the top down, in the first piece of each.
 
-    Fills in `spans_xh` for these runs.
+    Returns:
+        spans_mh, how the loss depends on the decay over the half to the right of each source, where it has a parent.
     """
-    druns_xhnp = states_xhnp.new_empty(tables.runs - tables.rows, sizes.heads, sizes.state, sizes.value)
-    for runs in reversed(tables.heights):
-        _run_gradients[(runs.stop - runs.start, sizes.heads)](
-            dpieces_yhnp, states_xhnp, druns_xhnp, decays.run_xh, spans_xh, tables.run,
-            runs.start + tables.rows, tables.rows,
-            H=sizes.heads, F=sizes.flat, BLOCK=sizes.flat_block, num_warps=8,
-        )  # fmt: skip
-    return druns_xhnp
+    spans_mh = decays.run_xh.new_empty(len(tables.source), sizes.heads)
+    for sources in reversed(tables.source_heights):
+        if sources.stop > sources.start:
+            _bring_down[((sources.stop - sources.start) * sizes.heads,)](
+                dpieces_yhnp, states_xhnp, decays.run_xh, spans_mh, tables.source, sources.start,
+                H=sizes.heads, F=sizes.flat, BLOCK=sizes.flat_block, num_warps=8,
+            )  # fmt: skip
+    return spans_mh
 
 
 @triton.jit
-def share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, run, head, f, H: tl.constexpr, F: tl.constexpr):
-    """What a run's gradient gets from its parent's, at the positions `f` of a state."""
-    parent = tl.load(run_ptr + 4 * run)
-    decay = tl.exp2(tl.load(run_decay_ptr + run * H + head))
-    parent_ptr = druns_ptr + ((parent - rows).to(tl.int64) * H + head) * F
-    return decay * tl.load(parent_ptr + f, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _run_gradients(
-    dpieces_ptr, states_ptr, druns_ptr, run_decay_ptr, spans_ptr, run_ptr, first, rows,
+def _bring_down(
+    dpieces_ptr, states_ptr, run_decay_ptr, spans_ptr, source_ptr, first,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    run, head = first + tl.program_id(0), tl.program_id(1)
-    is_left = tl.load(run_ptr + 4 * run + 1)
+    source, head = first + tl.program_id(0) // H, tl.program_id(0) % H
+    run = tl.load(source_ptr + 7 * source).to(tl.int64)
+    piece_from, piece_to = tl.load(source_ptr + 7 * source + 1), tl.load(source_ptr + 7 * source + 2)
+    parent = tl.load(source_ptr + 7 * source + 3)
+    decay = tl.exp2(tl.load(run_decay_ptr + run * H + head))
+    state_ptr = states_ptr + (run * H + head) * F
+    parent_ptr = dpieces_ptr + (parent.to(tl.int64) * H + head) * F
+    own_ptr = dpieces_ptr + (piece_from.to(tl.int64) * H + head) * F
     span = tl.zeros([], tl.float32)
     for start in range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
-        state_ptr = states_ptr + (run.to(tl.int64) * H + head) * F
-        state_f = tl.load(state_ptr + f, mask=is_left + 0 * f > 0, other=0.0).to(tl.float32)
-        gradient_f = share_of_parent(druns_ptr, run_ptr, run_decay_ptr, rows, run, head, f, H, F)
+        state_f = tl.load(state_ptr + f).to(tl.float32)
+        gradient_f = decay * tl.load(parent_ptr + f, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
         span += tl.sum(gradient_f * state_f, 0)
-        for piece in range(tl.load(run_ptr + 4 * run + 2), tl.load(run_ptr + 4 * run + 3)):
-            gradient_f += tl.load(dpieces_ptr + (tl.cast(piece, tl.int64) * H + head) * F + f).to(tl.float32)
-        tl.store(druns_ptr + ((run - rows).to(tl.int64) * H + head) * F + f, gradient_f.to(druns_ptr.dtype.element_ty))
-    tl.store(spans_ptr + run.to(tl.int64) * H + head, span)
+        for piece in range(piece_to - piece_from):
+            piece_ptr = own_ptr + tl.cast(piece, tl.int64) * H * F
+            gradient_f += tl.load(piece_ptr + f).to(tl.float32)
+        tl.store(own_ptr + f, gradient_f.to(own_ptr.dtype.element_ty))
+    tl.store(spans_ptr + source * H + head, span)
