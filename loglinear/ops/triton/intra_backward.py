@@ -79,14 +79,18 @@ def _value_products(
 
 @triton.jit
 def _add_value_gradients(
-    do_ptr, dv_ptr, at, weights_ts, do_valid, v_valid,
+    do_ptr, dv_ptr, at, weights_ts, first_dv_sp, do_valid, v_valid,
     P: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv += weights^T do, a block at a time."""
-    for block in tl.static_range(0, P, BLOCK_P):
-        do_tp = tl.load(do_ptr + block + at, mask=do_valid[:, None], other=0.0)
-        dv_sp = tl.dot(tl.trans(weights_ts.to(do_tp.dtype)), do_tp, input_precision=PRECISION)
-        _add(dv_ptr + block, at, dv_sp, v_valid[:, None])
+    """dv += weights^T do, a block at a time; what dv was in the first block is loaded already."""
+    do_tp = tl.load(do_ptr + at, mask=do_valid[:, None], other=0.0)
+    weights_ts = weights_ts.to(do_tp.dtype)
+    dv_sp = first_dv_sp.to(tl.float32) + tl.dot(tl.trans(weights_ts), do_tp, input_precision=PRECISION)
+    tl.store(dv_ptr + at, dv_sp.to(dv_ptr.dtype.element_ty), mask=v_valid[:, None])
+    for block in tl.static_range(BLOCK_P, P, BLOCK_P):
+        do_more_tp = tl.load(do_ptr + block + at, mask=do_valid[:, None], other=0.0)
+        dv_more_sp = tl.dot(tl.trans(weights_ts), do_more_tp, input_precision=PRECISION)
+        _add(dv_ptr + block, at, dv_more_sp, v_valid[:, None])
 
 
 @triton.jit
@@ -109,12 +113,14 @@ def _diagonal_gradients(
     q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_s[:, None], other=0.0)
     k_sn = tl.load(k_ptr + to_group + q_at, mask=valid_s[:, None], other=0.0)
     scores_ts = tl.dot(q_tn, tl.trans(k_sn), input_precision=PRECISION)
+    scores_ts *= scale
     dscores_ts = tl.zeros([HALF, HALF], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
         slots = of_row * CHUNK + first_slot + s
         to_head = (token * H + head) * P
-        weight_ts = scale * _value_products(
+        dv_sp = tl.load(dv_ptr + to_head + v_at, mask=valid_s[:, None], other=0.0)
+        weight_ts = _value_products(
             do_ptr + to_head, v_ptr + to_head, v_at, valid_s, valid_s, P, BLOCK_P, PRECISION
         )
         decay_s = tl.load(decay_ptr + slots)
@@ -132,10 +138,11 @@ def _diagonal_gradients(
         exponent_s = tl.sum(exponent_ts, 1) - tl.sum(exponent_ts, 0)
         tl.store(ddecay_ptr + slots, exponent_s)
         _add_value_gradients(
-            do_ptr + to_head, dv_ptr + to_head, v_at, scale * scores_ts * decay_ts, valid_s, valid_s, P, BLOCK_P, PRECISION
-        )
+            do_ptr + to_head, dv_ptr + to_head, v_at, scores_ts * decay_ts, dv_sp,
+            valid_s, valid_s, P, BLOCK_P, PRECISION,
+        )  # fmt: skip
     part = (tl.program_id(1) % (R // AT_ONCE)).to(tl.int64) * tokens * groups * N
-    dscores_ts = dscores_ts.to(q_tn.dtype)
+    dscores_ts = (scale * dscores_ts).to(q_tn.dtype)
     _add(dq_ptr + part + to_group, q_at, tl.dot(dscores_ts, k_sn, input_precision=PRECISION), valid_s[:, None])
     dk_sn = tl.dot(tl.trans(dscores_ts), q_tn, input_precision=PRECISION)
     _add(dk_ptr + part * DK_STRIDE + to_group, q_at, dk_sn, valid_s[:, None])
@@ -162,16 +169,18 @@ def _second_half_gradients(
     q_tn = tl.load(q_ptr + q_to_group + q_at, mask=valid_t[:, None], other=0.0)
     k_sn = tl.load(k_ptr + k_to_group + q_at, mask=valid_s[:, None], other=0.0)
     scores_ts = tl.dot(q_tn, tl.trans(k_sn), input_precision=PRECISION)
+    scores_ts *= scale
     dscores_ts = tl.zeros([HALF, HALF], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
         of_row = row.to(tl.int64) * H + head
         slots = of_row * CHUNK + s
         v_head_ptr = v_ptr + (token * H + head) * P
         dv_head_ptr = dv_ptr + (token * H + head) * P
+        dv_sp = tl.load(dv_head_ptr + v_at, mask=valid_s[:, None], other=0.0)
         do_head_ptr = do_ptr + ((token + HALF) * H + head) * P
         middle = tl.load(decay_ptr + of_row * CHUNK + HALF - 1)
         to_middle_s = tl.exp2(middle - tl.load(decay_ptr + slots))
-        from_middle_t = scale * tl.exp2(tl.load(decay_ptr + slots + HALF) - middle)
+        from_middle_t = tl.exp2(tl.load(decay_ptr + slots + HALF) - middle)
         products_ts = to_middle_s[None, :] * _value_products(
             do_head_ptr, v_head_ptr, v_at, valid_t, valid_s, P, BLOCK_P, PRECISION
         )
@@ -191,10 +200,10 @@ def _second_half_gradients(
         dscores_ts += from_middle_t[:, None] * products_ts
         weights_ts = scores_ts * from_middle_t[:, None] * to_middle_s[None, :]
         _add_value_gradients(
-            do_head_ptr, dv_head_ptr, v_at, weights_ts, valid_t, valid_s, P, BLOCK_P, PRECISION
+            do_head_ptr, dv_head_ptr, v_at, weights_ts, dv_sp, valid_t, valid_s, P, BLOCK_P, PRECISION
         )
     part = (tl.program_id(1) % (R // AT_ONCE)).to(tl.int64) * tokens * groups * N
-    dscores_ts = dscores_ts.to(q_tn.dtype)
+    dscores_ts = (scale * dscores_ts).to(q_tn.dtype)
     _add(dq_ptr + part + q_to_group, q_at, tl.dot(dscores_ts, k_sn, input_precision=PRECISION), valid_t[:, None])
     dk_sn = tl.dot(tl.trans(dscores_ts), q_tn, input_precision=PRECISION)
     _add(dk_ptr + part * DK_STRIDE + k_to_group, q_at, dk_sn, valid_s[:, None])
