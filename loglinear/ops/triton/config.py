@@ -40,6 +40,19 @@ class Sizes:
         """How fp32 products run on tensor cores; three tf32 products keep fp32's accuracy."""
         return "tf32x3" if self.dtype == torch.float32 else "tf32"
 
+    @property
+    def roomy(self) -> bool:
+        """Whether tiles are small enough for shared memory to hold those of several steps ahead."""
+        return self.dtype.itemsize == 2 and max(self.state, self.value) <= 128
+
+    def stages(self, most: int) -> int:
+        """How many steps ahead a loop loads."""
+        return most if self.roomy else 1
+
+    def value_block(self, most: int) -> int:
+        """Numbers of a value that a program handles at once."""
+        return min(self.value, most if self.roomy else most // 2)
+
     def heads_at_once(self, rows: int, limit: int) -> int:
         """Heads of a group that one program handles, a power of two, so that there are enough programs."""
         fitting = [1 << n for n in range(limit.bit_length()) if self.per_group % (1 << n) == 0]

@@ -49,8 +49,8 @@ def intra_gradients(
             q_tgn, k_tgn, v_thp, do_thp, scales_chlt, decay_cht, dq_wtgn, dk_wtgn, dv_thp, dscales_chlt, ddecay_cht,
             tables.row_token, tables.row_slots, scale, levels, len(q_tgn),
             H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK, HALF=HALF,
-            BLOCK_P=min(sizes.value, 128), AT_ONCE=sizes.per_group // parts, DK_STRIDE=len(dk_wtgn) // parts,
-            LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision, num_warps=4, num_stages=2,
+            BLOCK_P=sizes.value_block(128), AT_ONCE=sizes.per_group // parts, DK_STRIDE=len(dk_wtgn) // parts,
+            LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision, num_warps=4, num_stages=sizes.stages(2),
         )  # fmt: skip
     return ddecays_cht
 

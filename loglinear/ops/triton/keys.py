@@ -31,7 +31,7 @@ def key_gradients(
         dk_wtgn, parts of dk, fp32.
         ddecay_bcht, how the loss depends on the decay from each key's end to the chunk's end, in parts.
     """
-    block_p = min(sizes.value, 32 if sizes.state == 256 else 64)
+    block_p = sizes.value_block(64)
     blocks = sizes.value // block_p
     at_once = sizes.heads_at_once(tables.rows, 32)
     parts = sizes.per_group // at_once * blocks
@@ -41,7 +41,7 @@ def key_gradients(
         k_tgn, v_thp, decays.slot_cht, dpieces_yhnp, dk_wtgn, dv_thp, ddecay_bcht,
         tables.row_token, tables.row_slots, tables.row_gradient, len(k_tgn), tables.rows,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-        BLOCK_P=block_p, AT_ONCE=at_once, PRECISION=sizes.precision, num_warps=8, num_stages=3,
+        BLOCK_P=block_p, AT_ONCE=at_once, PRECISION=sizes.precision, num_warps=8, num_stages=sizes.stages(3),
     )  # fmt: skip
     return dk_wtgn, ddecay_bcht
 

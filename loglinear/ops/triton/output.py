@@ -33,7 +33,7 @@ def outputs(
     """o [tokens, H, P] in v's dtype."""
     o_thp = torch.empty_like(v_thp)
     levels = 0 if scales_chlt is None else scales_chlt.shape[2]
-    block_p = min(sizes.value, 64)
+    block_p = sizes.value_block(64)
     at_once = sizes.heads_at_once(tables.rows, 8)
     grid = (2 * tables.rows, sizes.heads // at_once, sizes.value // block_p)
     _outputs[grid](
@@ -41,7 +41,7 @@ def outputs(
         tables.row_token, tables.row_slots, tables.read_start, tables.read, scale, levels,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK, HALF=HALF,
         BLOCK_P=block_p, AT_ONCE=at_once, LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=sizes.stages(2),
     )  # fmt: skip
     return o_thp
 

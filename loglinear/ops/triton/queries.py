@@ -47,8 +47,8 @@ def query_gradients(
         dreads_uech, tables.row_token, tables.row_slots, tables.read_start, tables.read,
         scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows, len(tables.source_heights),
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-        BLOCK_T=BLOCK_T, BLOCK_P=min(sizes.value, 128), AT_ONCE=at_once, SCALED=scales_chlt is not None,
-        PRECISION=sizes.precision, num_warps=8 if sizes.state == 256 else 4, num_stages=2,
+        BLOCK_T=BLOCK_T, BLOCK_P=sizes.value_block(128), AT_ONCE=at_once, SCALED=scales_chlt is not None,
+        PRECISION=sizes.precision, num_warps=8 if sizes.state == 256 else 4, num_stages=sizes.stages(2),
     )  # fmt: skip
     return dq_wtgn, ddecay_cht, dreads_uech
 

@@ -32,8 +32,8 @@ def piece_gradients(
 ) -> torch.Tensor:
     """Gradients of the states of runs from the readers in each piece: [pieces, H, N, P]."""
     dpieces_yhnp = do_thp.new_empty(tables.pieces, sizes.heads, sizes.state, sizes.value)
-    block_n, block_p = min(sizes.state, 128), min(sizes.value, 128)
-    at_once = sizes.heads_at_once(tables.pieces, 128 // block_p)
+    block_n, block_p = min(sizes.state, 128), sizes.value_block(128)
+    at_once = sizes.heads_at_once(tables.pieces, 128 // block_p) if block_p == sizes.value else 1
     grid = (sizes.heads // at_once, tables.pieces, sizes.state // block_n * (sizes.value // block_p))
     if tables.pieces:
         _piece_gradients[grid](
@@ -42,7 +42,7 @@ def piece_gradients(
             0 if scales_chlt is None else scales_chlt.shape[2],
             H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
             BLOCK_T=BLOCK_T, BLOCK_N=block_n, BLOCK_P=block_p, AT_ONCE=at_once, SCALED=scales_chlt is not None,
-            PRECISION=sizes.precision, num_warps=8 if at_once * block_p > 64 else 4, num_stages=2,
+            PRECISION=sizes.precision, num_warps=4, num_stages=sizes.stages(2),
         )  # fmt: skip
     return dpieces_yhnp
 
