@@ -44,7 +44,9 @@ def refusal(folder: Path, *arguments: str | Path) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["eval"], ["generate"], ["data"], ["data", "prepare"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["plan"], ["eval"], ["generate"], ["data"], ["data", "prepare"], ["bench", "ops"]]
+)
 def test_help_of_every_command(tmp_path: Path, command: list[str]) -> None:
     done = loglinear(tmp_path, *command, "--help")
     assert done.returncode == 0

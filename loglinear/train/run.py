@@ -17,6 +17,7 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import tokenizer_path
 from data_pipeline.prepared import complete_index, open_tokenizer
 from data_pipeline.state import DataState
+from loglinear import __version__
 from loglinear.checkpoint import CheckpointStore, Snapshot, load_weights
 from loglinear.config import Config
 from loglinear.errors import UserError
@@ -33,7 +34,7 @@ from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import StopRequest
 from loglinear.train.timing import TRAINING_FLOPS, StepTimer, peak_flops
 
-RECORDED_VERSIONS = ("loglinear", "torch", "deepspeed")
+RECORDED_VERSIONS = ("torch", "deepspeed")
 
 
 def train(config: Config) -> None:
@@ -207,7 +208,7 @@ class _Run:
             "data": self.data.loader.state(step - self.start).to_dict(),
             "config": self.config.model_dump(mode="json"),
             "revision": git_revision(),
-            "versions": {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS},
+            "versions": _versions(),
         }
         self.store.save(self.engine.deepspeed, step, state)
 
@@ -233,3 +234,7 @@ class _Run:
         self.console.say(f"  evaluate:  loglinear eval {root}")
         self.console.say(f"  generate:  loglinear generate {root} --prompt {shlex.quote(self.config.eval.prompt)}")
         self.console.say("  train on:  the same command with a larger train.steps=")
+
+
+def _versions() -> dict[str, str]:
+    return {"loglinear": __version__} | {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS}
