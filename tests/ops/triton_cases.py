@@ -14,8 +14,17 @@ import torch
 
 from loglinear.ops import naive_log_linear_attention
 from loglinear.ops.triton import triton_log_linear_attention
-from tests.ops.op_cases import Inputs, Result, Sizes, boundaries, occupied, random_inputs, random_state
-from tests.ops.op_cases import relative_error, weighted_sum
+from tests.ops.op_cases import (
+    Inputs,
+    Result,
+    Sizes,
+    boundaries,
+    occupied,
+    random_inputs,
+    random_state,
+    relative_error,
+    weighted_sum,
+)
 
 SMALL = Sizes(groups=1, heads=2, state_dim=16, head_dim=16, levels=11)
 

@@ -14,7 +14,12 @@ FIRST_READ_LEVEL = 8  # levels from here on are read from states; level 7 is the
 
 
 @triton.jit
-def row_tokens(row_token_ptr, row_slots_ptr, row, t):
+def row_tokens(
+    row_token_ptr: tl.tensor,
+    row_slots_ptr: tl.tensor,
+    row: tl.tensor,
+    t: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
     """The token in slot 0 of a row, int64, and which of the slots `t` have one.
 
     It may lie before the first token. Offsets from it fit 32 bits, which spares registers.
@@ -25,7 +30,17 @@ def row_tokens(row_token_ptr, row_slots_ptr, row, t):
 
 
 @triton.jit
-def load_read(read_ptr, read_gap_ptr, scales_ptr, stride, read, head, t, H: tl.constexpr, SCALED: tl.constexpr):
+def load_read(
+    read_ptr: tl.tensor,
+    read_gap_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    stride: tl.tensor,
+    read: tl.tensor,
+    head: tl.tensor,
+    t: tl.tensor,
+    H: tl.constexpr,
+    SCALED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
     """What weighs a read: the decay from the run's end to the row, and the level's scale for each slot."""
     gap = tl.load(read_gap_ptr + read * H + head)
     scale_t = tl.full([t.shape[0]], 1.0, tl.float32)
@@ -41,7 +56,13 @@ def _load_scale(scales_ptr, stride, t, level, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def level_weights(scales_ptr, stride, t, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+def level_weights(
+    scales_ptr: tl.tensor,
+    stride: tl.tensor,
+    t: tl.tensor,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+) -> tl.tensor:
     """Level scale of each pair in blocks [slots t, the 64 slots of t's half].
 
     Of the four groups of 16 keys only a query's own has levels that differ from key to key (0 to 4); another has level
@@ -68,7 +89,14 @@ def _store_sum(ptr, stride, t, level, sum_t, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def store_level_sums(ptr, stride, t, pairs_ts, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+def store_level_sums(
+    ptr: tl.tensor,
+    stride: tl.tensor,
+    t: tl.tensor,
+    pairs_ts: tl.tensor,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+) -> None:
     """Sum a block [slots t, the 64 slots of t's half] over the keys of each level, and store the sums."""
     s, j = tl.arange(0, 16), tl.arange(0, 4)
     pairs_tjs = tl.reshape(pairs_ts, [ROWS, 4, 16])

@@ -70,8 +70,8 @@ def _later_readers(
 
 @triton.jit
 def _decay_gradients(
-    reads_ptr, diagonal_ptr, second_half_ptr, dto_end_ptr, later_ptr, spans_ptr, dg_ptr, row_token_ptr, row_slots_ptr, read_start_ptr,
-    read_ptr, rows, H, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    reads_ptr, diagonal_ptr, second_half_ptr, dto_end_ptr, later_ptr, spans_ptr, dg_ptr,
+    row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, rows, H, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     t = tl.arange(0, CHUNK)

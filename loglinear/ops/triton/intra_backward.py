@@ -120,9 +120,7 @@ def _diagonal_gradients(
         slots = of_row * CHUNK + first_slot + s
         to_head = (token * H + head) * P
         dv_sp = tl.load(dv_ptr + to_head + v_at, mask=valid_s[:, None], other=0.0)
-        weight_ts = _value_products(
-            do_ptr + to_head, v_ptr + to_head, v_at, valid_s, valid_s, P, BLOCK_P, PRECISION
-        )
+        weight_ts = _value_products(do_ptr + to_head, v_ptr + to_head, v_at, valid_s, valid_s, P, BLOCK_P, PRECISION)
         decay_s = tl.load(decay_ptr + slots)
         decay_ts = tl.where(s[:, None] >= s[None, :], decay_s[:, None] - decay_s[None, :], float("-inf"))
         decay_ts = tl.exp2(decay_ts)
@@ -199,9 +197,7 @@ def _second_half_gradients(
         tl.store(ddecay_ptr + slots, -tl.sum(exponent_ts * from_middle_t[:, None], 0))
         dscores_ts += from_middle_t[:, None] * products_ts
         weights_ts = scores_ts * from_middle_t[:, None] * to_middle_s[None, :]
-        _add_value_gradients(
-            do_head_ptr, dv_head_ptr, v_at, weights_ts, dv_sp, valid_t, valid_s, P, BLOCK_P, PRECISION
-        )
+        _add_value_gradients(do_head_ptr, dv_head_ptr, v_at, weights_ts, dv_sp, valid_t, valid_s, P, BLOCK_P, PRECISION)
     part = (tl.program_id(1) % (R // AT_ONCE)).to(tl.int64) * tokens * groups * N
     dscores_ts = (scale * dscores_ts).to(q_tn.dtype)
     _add(dq_ptr + part + q_to_group, q_at, tl.dot(dscores_ts, k_sn, input_precision=PRECISION), valid_t[:, None])

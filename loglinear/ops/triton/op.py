@@ -28,9 +28,12 @@ Tensor = torch.Tensor
 
 
 def supports(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels know these sizes and this dtype."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return v.dtype in dtypes and q.shape[-1] in SIZES and v.shape[-1] in SIZES
+    """Whether the kernels know the sizes and the dtype of q [B, T, G, N] and v [B, T, H, P].
+
+    Not 256 x 4 bytes a key: a chunk of such keys, split for exact products, does not fit shared memory.
+    """
+    largest = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
+    return q.shape[-1] in SIZES and v.shape[-1] in SIZES and q.shape[-1] <= largest.get(v.dtype, 0)
 
 
 def triton_log_linear_attention(
@@ -170,9 +173,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, do_thp, *_):
-    dq, dk, dv, dg, dscales = _backward(
-        do_thp.contiguous(), *ctx.saved_tensors, ctx.lengths, ctx.starts, ctx.scale
-    )
+    dq, dk, dv, dg, dscales = _backward(do_thp.contiguous(), *ctx.saved_tensors, ctx.lengths, ctx.starts, ctx.scale)
     return dq, dk, dv, dg, dscales if ctx.scaled else None, None, None, None
 
 

@@ -77,9 +77,7 @@ def _outputs(
         scales_row_ptr = scales_ptr
         if LEVELS:
             scales_row_ptr += of_row * L * CHUNK
-        gap, read_scale_t = load_read(
-            read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, LEVELS > 0
-        )
+        gap, read_scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, LEVELS > 0)
         first_head_ptr = v_ptr + (token * H + head) * P
         v_sp = tl.load(first_head_ptr + half * HALF * H * P + v_at, mask=valid_t[:, None], other=0.0)
         decay_t = tl.load(decay_ptr + of_row * CHUNK + t)

@@ -34,9 +34,7 @@ def sum_decays(g_th: torch.Tensor, tables: Tables) -> Decays:
     boundary_xh = g_th.new_empty(tables.rows + 1, heads, dtype=torch.float64)
     block = min(16, triton.next_power_of_2(heads))
     grid = (tables.rows, triton.cdiv(heads, block))
-    _sum_within_chunks[grid](
-        g_th, slot_cht, tables.row_token, tables.row_slots, heads, CHUNK=CHUNK, BLOCK=block
-    )
+    _sum_within_chunks[grid](g_th, slot_cht, tables.row_token, tables.row_slots, heads, CHUNK=CHUNK, BLOCK=block)
     _sum_over_chunks[(heads,)](slot_cht, boundary_xh, tables.rows, heads, CHUNK=CHUNK, BLOCK=1024)
     run_xh, read_mh = (_gaps(boundary_xh, pair) for pair in (tables.run_gap, tables.read_gap))
     return Decays(slot_cht, boundary_xh, run_xh, read_mh)
@@ -62,9 +60,7 @@ def _subtract(boundary_ptr, pair_ptr, gap_ptr, pairs, H, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_within_chunks(
-    g_ptr, decay_ptr, row_token_ptr, row_slots_ptr, H, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum_within_chunks(g_ptr, decay_ptr, row_token_ptr, row_slots_ptr, H, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     t = tl.arange(0, CHUNK)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -114,7 +110,9 @@ def _to_slots_innermost(
     in_tl = t[:, None] * H * L + level[None, :]
     scales_tl = tl.load(scales_ptr + in_tl, mask=valid_t[:, None] & exists_l[None, :], other=0.0)
     out_ptr += (row.to(tl.int64) * H + head) * L * CHUNK
-    tl.store(out_ptr + level[:, None] * CHUNK + t[None, :], tl.trans(scales_tl), mask=exists_l[:, None] & (t >= 0)[None, :])
+    tl.store(
+        out_ptr + level[:, None] * CHUNK + t[None, :], tl.trans(scales_tl), mask=exists_l[:, None] & (t >= 0)[None, :]
+    )
 
 
 def levels_innermost(dscales_chlt: torch.Tensor, tokens: int, tables: Tables) -> torch.Tensor:
@@ -143,4 +141,8 @@ def _to_levels_innermost(
     in_lt = level[:, None] * CHUNK + t[None, :]
     dscales_lt = tl.load(dscales_ptr + in_lt, mask=written_l[:, None] & (t >= 0)[None, :], other=0.0)
     out_ptr += (token * H + head) * L
-    tl.store(out_ptr + t[:, None] * H * L + level[None, :], tl.trans(dscales_lt), mask=valid_t[:, None] & (level < L)[None, :])
+    tl.store(
+        out_ptr + t[:, None] * H * L + level[None, :],
+        tl.trans(dscales_lt),
+        mask=valid_t[:, None] & (level < L)[None, :],
+    )

@@ -92,9 +92,7 @@ def _query_gradients(
                 dread_tn = tl.dot(do_more_tp, state_pn, dread_tn, input_precision=PRECISION)
             weight_t = scale * tl.exp2(decay_t + gap)
             scale_now_t = scale_t
-            gap, scale_t = load_read(
-                read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, SCALED
-            )
+            gap, scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, SCALED)
             dscale_t = weight_t * tl.sum(dread_tn * q_tn.to(tl.float32), 1)
             dq_tn += (weight_t * scale_now_t)[:, None] * dread_tn
             if SCALED:

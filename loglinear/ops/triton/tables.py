@@ -119,9 +119,7 @@ def _sources(row: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return source, piece[np.argsort(begin - stop, kind="stable")]
 
 
-def _parents(
-    heights: tuple[slice, ...], merge: np.ndarray, source: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _parents(heights: tuple[slice, ...], merge: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The table `run_gap`, and for every run the pieces that hold the gradients of its state and of its parent's.
 
     A right half is decayed to its end already, so its gradient is its parent's and has no memory of its own.
