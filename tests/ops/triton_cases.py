@@ -43,7 +43,6 @@ CASES: dict[str, Callable[[], Inputs]] = {
     "levels of a short sequence": lambda: random_inputs(0, 1, 20, replace(SMALL, levels=6)),
     "several rows, ragged": lambda: random_inputs(1, 2, 300, SMALL),
     "whole chunks": lambda: random_inputs(1, 1, 512, SMALL),
-    "a split bucket": lambda: random_inputs(1, 1, 128 * 66, replace(SMALL, heads=1, levels=15)),
     "groups": lambda: random_inputs(2, 1, 200, replace(SMALL, groups=2, heads=4)),
     "heads that are no power of two": lambda: random_inputs(2, 1, 140, replace(SMALL, heads=3)),
     "sizes": lambda: random_inputs(2, 1, 200, replace(SMALL, state_dim=32, head_dim=64)),
@@ -69,12 +68,12 @@ def run(op: Callable, inputs: Inputs) -> Result:
 
 
 def errors(inputs: Inputs, reference: Callable = naive_log_linear_attention) -> dict[str, float]:
-    """Relative error of every output and gradient of the kernels; 0 where the truth is exactly zero too."""
+    """Relative error of every output and gradient of the kernels, absolute where the truth is zero."""
     actual, wanted = run(triton_log_linear_attention, inputs), run(reference, inputs.fresh(torch.float64))
     pairs = {"o": (actual.o, wanted.o), "final state": (actual.final.buckets, wanted.final.buckets)}
     pairs |= {name: (actual.gradients[name], wanted.gradients[name]) for name in wanted.gradients}
     return {
-        name: relative_error(have, want) if bool(want.any()) else float(have.abs().max())
+        name: relative_error(have, want) if float(want.norm()) > 1e-12 else float(have.norm())
         for name, (have, want) in pairs.items()
     }
 

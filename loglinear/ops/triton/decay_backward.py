@@ -9,6 +9,9 @@ Shapes: c chunk (row of the tables), t slot, h value head, m source (a run that 
 b block of the value size, u block of slots.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
 from __future__ import annotations
 
 import torch
@@ -71,7 +74,8 @@ def _later_readers(
 @triton.jit
 def _decay_gradients(
     reads_ptr, diagonal_ptr, second_half_ptr, dto_end_ptr, later_ptr, spans_ptr, dg_ptr,
-    row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, rows, H, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, rows, H,
+    PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     t = tl.arange(0, CHUNK)

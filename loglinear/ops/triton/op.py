@@ -91,7 +91,8 @@ def _forward(
     scales_chlt = None if scales_thl is None else slots_innermost(scales_thl, tables)
     states_xhnp = run_states(k_tgn, v_thp, decays, tables, sizes)
     o_thp = outputs(q_tgn, k_tgn, v_thp, scales_chlt, decays, states_xhnp, scale, tables, sizes)
-    return o_thp, states_xhnp, g_th.new_empty(0) if scales_chlt is None else scales_chlt, *decays
+    scales_or_empty = g_th.new_empty(0) if scales_chlt is None else scales_chlt
+    return o_thp, states_xhnp, scales_or_empty, decays.slot_cht, decays.boundary_xh, decays.run_xh, decays.read_mh
 
 
 @_forward.register_fake

@@ -7,6 +7,9 @@ Shapes: c chunk (row of the tables), t slot of a query, s slot of a key within i
 g query/key group, n state (key) size, p value head size, l level, x run.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
 from __future__ import annotations
 
 import torch

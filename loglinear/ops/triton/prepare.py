@@ -4,6 +4,9 @@ Shapes: c chunk (row of the tables), t slot, h value head, l level, x run or bou
 between rows, m read.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
 from __future__ import annotations
 
 from typing import NamedTuple

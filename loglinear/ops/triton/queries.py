@@ -4,6 +4,9 @@ Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n 
 l level, x run, e height of a run, w part of a sum over heads, u block of slots.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n 
 x run, f a matrix [n, p] as one vector.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
 from __future__ import annotations
 
 import torch

@@ -7,6 +7,9 @@ Shapes: c chunk (row of the tables), t slot, h value head, g query/key group, n 
 x run, m source (a run that is read), y piece, f a matrix [n, p] as one vector or values of several heads.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
 from __future__ import annotations
 
 import torch
