@@ -37,15 +37,14 @@ def query_gradients(
     Returns:
         dq_wtgn, parts of dq, fp32.
         ddecay_cht, how the loss depends on the decay up to each query.
-        dreads_uech, its sums over blocks of slots of a row, of the read of a run of height e, where there is one.
+        dreads_uech, its sums over 16 slots of a row (which no two warps share), of the read of a run of height e, where there is one.
     """
     at_once = sizes.heads_at_once(tables.rows, 32)
     parts = sizes.per_group // at_once
     dq_wtgn = q_tgn.new_empty(parts, *q_tgn.shape, dtype=torch.float32)
     ddecay_cht = torch.empty_like(decays.slot_cht)
-    blocks = CHUNK // BLOCK_T
-    dreads_uech = ddecay_cht.new_empty(blocks, len(tables.source_heights), tables.rows, sizes.heads)
-    _query_gradients[(tables.rows * blocks, sizes.heads // at_once)](
+    dreads_uech = ddecay_cht.new_empty(CHUNK // 16, len(tables.source_heights), tables.rows, sizes.heads)
+    _query_gradients[(tables.rows * (CHUNK // BLOCK_T), sizes.heads // at_once)](
         q_tgn, do_thp, scales_chlt, decays.slot_cht, decays.read_mh, states_xhnp, dq_wtgn, dscales_chlt, ddecay_cht,
         dreads_uech, tables.row_token, tables.row_slots, tables.read_start, tables.read,
         scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows, len(tables.source_heights),
@@ -72,6 +71,7 @@ def _query_gradients(
     q_at = t[:, None] * (groups * N) + n[None, :]
     do_at = t[:, None] * (H * P) + p[None, :]
     state_at = n[:, None] * P + p[None, :]
+    u = block_t * (BLOCK_T // 16) + tl.arange(0, BLOCK_T // 16)
     q_tn = tl.load(q_ptr + to_group + q_at, mask=valid_t[:, None], other=0.0)
     read_from, read_to = tl.load(read_start_ptr + row), tl.load(read_start_ptr + row + 1)
     dq_tn = tl.zeros([BLOCK_T, N], tl.float32)
@@ -88,23 +88,31 @@ def _query_gradients(
         for read in range(read_from, read_to):
             run = tl.load(read_ptr + 4 * read).to(tl.int64)
             state_ptr = states_ptr + (run * H + head) * N * P
-            dread_tn = tl.dot(do_tp, tl.trans(tl.load(state_ptr + state_at)), input_precision=PRECISION)
-            for block in tl.static_range(BLOCK_P, P, BLOCK_P):
-                do_more_tp = tl.load(do_head_ptr + block + do_at, mask=valid_t[:, None], other=0.0)
-                state_pn = tl.trans(tl.load(state_ptr + block + state_at))
-                dread_tn = tl.dot(do_more_tp, state_pn, dread_tn, input_precision=PRECISION)
-            weight_t = scale * tl.exp2(decay_t + gap)
+            state_np = tl.load(state_ptr + state_at)
+            decayed_t = scale * tl.exp2(decay_t + gap)
             scale_now_t = scale_t
             gap, scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, SCALED)
-            dscale_t = weight_t * tl.sum(dread_tn * q_tn.to(tl.float32), 1)
-            dq_tn += (weight_t * scale_now_t)[:, None] * dread_tn
+            weight_t = decayed_t * scale_now_t
+            read_tp = tl.dot(q_tn, state_np, input_precision=PRECISION)
+            weighted_tp = (do_tp * weight_t[:, None]).to(do_tp.dtype)
+            dq_tn = tl.dot(weighted_tp, tl.trans(state_np), dq_tn, input_precision=PRECISION)
+            dscale_t = tl.sum(read_tp * do_tp.to(tl.float32), 1)
+            for block in tl.static_range(BLOCK_P, P, BLOCK_P):
+                do_more_tp = tl.load(do_head_ptr + block + do_at, mask=valid_t[:, None], other=0.0)
+                state_more_np = tl.load(state_ptr + block + state_at)
+                read_tp = tl.dot(q_tn, state_more_np, input_precision=PRECISION)
+                weighted_tp = (do_more_tp * weight_t[:, None]).to(do_tp.dtype)
+                dq_tn = tl.dot(weighted_tp, tl.trans(state_more_np), dq_tn, input_precision=PRECISION)
+                dscale_t += tl.sum(read_tp * do_more_tp.to(tl.float32), 1)
+            dscale_t *= decayed_t
             if SCALED:
                 at_level = (of_row * L + tl.load(read_ptr + 4 * read + 1)) * CHUNK
                 tl.store(dscales_ptr + at_level + t, dscale_t.to(dscales_ptr.dtype.element_ty))
             dscale_t *= scale_now_t
             ddecay_t += dscale_t
-            height = (block_t * heights + tl.load(read_ptr + 4 * read + 2)).to(tl.int64)
-            tl.store(dreads_ptr + (height * rows + row) * H + head, tl.sum(dscale_t, 0))
+            height = tl.load(read_ptr + 4 * read + 2)
+            at_height_u = ((u * heights + height).to(tl.int64) * rows + row) * H + head
+            tl.store(dreads_ptr + at_height_u, tl.sum(tl.reshape(dscale_t, [BLOCK_T // 16, 16]), 1))
         tl.store(ddecay_ptr + of_row * CHUNK + t, ddecay_t)
     part = tl.program_id(1) % (R // AT_ONCE)
     dq_ptr += part.to(tl.int64) * tokens * groups * N + to_group

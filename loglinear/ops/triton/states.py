@@ -26,17 +26,17 @@ def run_states(
     tables: Tables,
     sizes: Sizes,
 ) -> torch.Tensor:
-    """States of all runs, each decayed to its end, in v's dtype: [runs, H, N, P]."""
+    """States of runs, each decayed to its end, in v's dtype: [runs, H, N, P]. Right halves of one chunk stay empty."""
     states_xhnp = v_thp.new_empty(tables.runs, sizes.heads, sizes.state, sizes.value)
     block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
-    grid = (tables.rows * sizes.heads, sizes.state // block_n * (sizes.value // block_p))
-    _chunk_states[grid](
-        k_tgn, v_thp, decays.slot_cht, states_xhnp, tables.row_token, tables.row_slots,
+    grid = (len(tables.pair) * sizes.heads, sizes.state // block_n * (sizes.value // block_p))
+    _pair_states[grid](
+        k_tgn, v_thp, decays.slot_cht, decays.run_xh, states_xhnp, tables.row_token, tables.row_slots, tables.pair,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
         BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=8,
     )  # fmt: skip
     block = sizes.flat_block
-    for runs in tables.run_heights:
+    for runs in tables.run_heights[1:]:
         _merge[((runs.stop - runs.start) * sizes.heads, sizes.flat // block)](
             states_xhnp, decays.run_xh, tables.merge, runs.start, tables.rows,
             H=sizes.heads, F=sizes.flat, BLOCK=block, num_warps=4,
@@ -45,15 +45,12 @@ def run_states(
 
 
 @triton.jit
-def _chunk_states(
-    k_ptr, v_ptr, decay_ptr, states_ptr, row_token_ptr, row_slots_ptr,
-    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+def _chunk_state(
+    k_ptr, v_ptr, decay_ptr, row_token_ptr, row_slots_ptr, row, head, n, p,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0) // H, tl.program_id(0) % H
+    """The state of one chunk, decayed to its end."""
     t = tl.arange(0, CHUNK)
-    n = tl.program_id(1) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(1) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
     token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     groups: tl.constexpr = H // R
     k_ptr += (token * groups + head // R) * N
@@ -63,9 +60,35 @@ def _chunk_states(
     decay_ptr += (row.to(tl.int64) * H + head) * CHUNK
     to_end_t = tl.exp2(tl.load(decay_ptr + CHUNK - 1) - tl.load(decay_ptr + t))
     weighted_tp = (v_tp * to_end_t[:, None]).to(v_tp.dtype)
-    state_np = tl.dot(tl.trans(k_tn), weighted_tp, input_precision=PRECISION)
-    states_ptr += (row.to(tl.int64) * H + head) * N * P
-    tl.store(states_ptr + n[:, None] * P + p[None, :], state_np.to(v_tp.dtype))
+    return tl.dot(tl.trans(k_tn), weighted_tp, input_precision=PRECISION)
+
+
+@triton.jit
+def _pair_states(
+    k_ptr, v_ptr, decay_ptr, run_decay_ptr, states_ptr, row_token_ptr, row_slots_ptr, pair_ptr,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states of a left row and of its run with the right one. Nobody reads the right one's, so it is not stored."""
+    pair, head = tl.program_id(0) // H, tl.program_id(0) % H
+    n = tl.program_id(1) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(1) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
+    state_at = n[:, None] * P + p[None, :]
+    left, right = tl.load(pair_ptr + 3 * pair), tl.load(pair_ptr + 3 * pair + 1)
+    dtype = states_ptr.dtype.element_ty
+    state_np = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    if left >= 0:
+        state_np = _chunk_state(
+            k_ptr, v_ptr, decay_ptr, row_token_ptr, row_slots_ptr, left, head, n, p, H, R, N, P, CHUNK, PRECISION
+        )
+        tl.store(states_ptr + (left.to(tl.int64) * H + head) * N * P + state_at, state_np.to(dtype))
+        state_np *= tl.exp2(tl.load(run_decay_ptr + left * H + head))
+    if right >= 0:
+        state_np += _chunk_state(
+            k_ptr, v_ptr, decay_ptr, row_token_ptr, row_slots_ptr, right, head, n, p, H, R, N, P, CHUNK, PRECISION
+        )
+        run = tl.load(pair_ptr + 3 * pair + 2).to(tl.int64)
+        tl.store(states_ptr + (run * H + head) * N * P + state_at, state_np.to(dtype))
 
 
 @triton.jit

@@ -36,6 +36,7 @@ class Tables:
     read_start: torch.Tensor  # [rows + 1], reads of each row
     read: torch.Tensor  # [reads + 1, 4]: run, level, height, source; one more, so that a loop may look ahead
     read_gap: torch.Tensor  # [reads + 1, 2]: boundaries at the run's end and before the row
+    pair: torch.Tensor  # [pairs of rows, 3]: left row, right row, run of both; -1 for what does not exist
     merge: torch.Tensor  # [runs of more than one chunk, 2]: left run or -1, right run
     run_gap: torch.Tensor  # [runs, 2]: boundaries at the run's end and its parent's
     source: torch.Tensor  # [sources, 7]: run, pieces from, to, parent's gradient or -1, rows from, to, height
@@ -76,6 +77,7 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
         read_start=put(np.searchsorted(row, np.arange(plan.rows + 1))),
         read=put(np.pad(np.column_stack([read[:, :3], of_source]), one_more)),
         read_gap=put(np.pad(np.column_stack([read[:, 3], row]), one_more)),
+        pair=put(_pairs(plan.rows, merge[merges.heights[0] if merges.heights else slice(0)])),
         merge=put(merge[:, :2]),
         run_gap=put(run_gap),
         source=put(np.column_stack([source[:, :3], above[source[:, 0], 1], source[:, 3:]])),
@@ -103,6 +105,13 @@ def _reads(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     read = np.stack([run, level, level - CHUNK.bit_length(), since], 1)
     order = np.argsort(row, kind="stable")
     return row[order], read[order]
+
+
+def _pairs(rows: int, merge: np.ndarray) -> np.ndarray:
+    """The rows that merge, with their run, and each of the others alone. `merge` is of the runs of two chunks."""
+    merged = np.column_stack([merge[:, :2], np.arange(rows, rows + len(merge))])
+    alone = np.setdiff1d(np.arange(rows), merged[:, :2])
+    return np.concatenate([merged, np.column_stack([alone, np.full((len(alone), 2), -1)])])
 
 
 def _sources(row: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
