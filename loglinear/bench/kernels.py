@@ -11,8 +11,10 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 import triton
@@ -117,7 +119,7 @@ def _time(name: str, op: Op, leaves: tuple[torch.Tensor, ...]) -> Timing:
 
 
 def _median_ms(function: Callable[[], object]) -> float:
-    return float(triton.testing.do_bench(function, warmup=30, rep=150, return_mode="median"))
+    return cast(float, triton.testing.do_bench(function, warmup=30, rep=150, return_mode="median"))
 
 
 def _ceilings() -> Ceilings:
@@ -133,9 +135,8 @@ def _ops() -> dict[str, tuple[Op, Callable[[int, int], tuple[torch.Tensor, ...]]
     """The ops by name, each with a function that makes its inputs; the last input begins with [B, T]."""
     ops = {OURS: (_ours, _log_linear_leaves)}
     if find_spec("fla") is not None:
-        from fla.ops.log_linear_attn import chunk_log_linear_attn
-
-        ops["log-linear, fla"] = (lambda *leaves: chunk_log_linear_attn(*leaves)[0], _log_linear_leaves)
+        theirs = import_module("fla.ops.log_linear_attn").chunk_log_linear_attn
+        ops["log-linear, fla"] = (lambda *leaves: theirs(*leaves)[0], _log_linear_leaves)
     ops["softmax, cuDNN"] = (_softmax(SDPBackend.CUDNN_ATTENTION), _softmax_leaves)
     ops["softmax, FlashAttention-2"] = (_softmax(SDPBackend.FLASH_ATTENTION), _softmax_leaves)
     return ops

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch.library import opcheck
 
 from loglinear.ops import naive_log_linear_attention
-from loglinear.ops.triton import tables, triton_log_linear_attention
+from loglinear.ops.triton import op, tables, triton_log_linear_attention
 from tests.ops.op_cases import (
     Inputs,
     Result,
@@ -27,6 +28,7 @@ from tests.ops.op_cases import (
 )
 
 SMALL = Sizes(groups=1, heads=2, state_dim=16, head_dim=16, levels=11)
+OPERATOR_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
 
 def packed(lengths: list[int], starts: tuple[int, ...] | None = None, sizes: Sizes = SMALL) -> Inputs:
@@ -54,10 +56,10 @@ CASES: dict[str, Callable[[], Inputs]] = {
 }
 
 
-def run(op: Callable, inputs: Inputs) -> Result:
-    """Outputs, final state and gradients of `op` from random gradients of both; o is in the dtype of `inputs`."""
+def run(form: Callable, inputs: Inputs) -> Result:
+    """Outputs, final state and gradients of a form from random gradients of both; o is in the dtype of `inputs`."""
     inputs = inputs.fresh()
-    o, final = op(**inputs.arguments(), output_final_state=True)
+    o, final = form(**inputs.arguments(), output_final_state=True)
     leaves = inputs.leaves()
     loss = weighted_sum(o.cpu(), 1) + weighted_sum(final.buckets.cpu(), 2)
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -78,7 +80,18 @@ def errors(inputs: Inputs, reference: Callable = naive_log_linear_attention) -> 
     }
 
 
+def check_operator() -> None:
+    """Schema, fake implementation and autograd of the custom operator agree with what it does."""
+    inputs = random_inputs(5, 1, 300, SMALL).fresh(torch.float32)
+    for scales in (inputs.leaves()["level_scales"], None):
+        tensors = [
+            x if x is None else x[0].detach().requires_grad_() for x in (*list(inputs.leaves().values())[:4], scales)
+        ]
+        opcheck(op._forward, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tables.PIECE = 2  # so that the readers of a run are split at these lengths already
+    check_operator()
     print(json.dumps({name: errors(case().fresh(torch.float32)) for name, case in CASES.items()}))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from loglinear.ops.checks import Sequences, check_inputs
+from loglinear.ops.plan import plan_counts
 from loglinear.ops.state import LogLinearState
 from loglinear.ops.triton.config import SIZES, Sizes
 from loglinear.ops.triton.decay_backward import decay_gradients
@@ -92,22 +93,22 @@ def _forward(
     states_xhnp = run_states(k_tgn, v_thp, decays, tables, sizes)
     o_thp = outputs(q_tgn, k_tgn, v_thp, scales_chlt, decays, states_xhnp, scale, tables, sizes)
     scales_or_empty = g_th.new_empty(0) if scales_chlt is None else scales_chlt
-    return o_thp, states_xhnp, scales_or_empty, decays.slot_cht, decays.boundary_xh, decays.run_xh, decays.read_mh
+    return o_thp, states_xhnp, scales_or_empty, decays.slot_cht, decays.boundary_xh, decays.state_xh, decays.read_mh
 
 
 @_forward.register_fake
 def _(q_tgn, k_tgn, v_thp, g_th, scales_thl, lengths, starts, scale):
-    tables = make_tables(Sequences(tuple(lengths), tuple(starts)), torch.device("cpu"))
+    counts = plan_counts(Sequences(tuple(map(int, lengths)), tuple(map(int, starts))), CHUNK)
     heads, value = v_thp.shape[1:]
-    scales = (0,) if scales_thl is None else (tables.rows, heads, scales_thl.shape[2], CHUNK)
+    scales = (0,) if scales_thl is None else (counts.rows, heads, scales_thl.shape[2], CHUNK)
     return (
         torch.empty_like(v_thp),
-        v_thp.new_empty(tables.runs, heads, q_tgn.shape[2], value),
+        v_thp.new_empty(counts.runs - counts.pairs, heads, q_tgn.shape[2], value),
         (g_th if scales_thl is None else scales_thl).new_empty(scales),
-        g_th.new_empty(tables.rows, heads, CHUNK),
-        g_th.new_empty(tables.rows + 1, heads, dtype=torch.float64),
-        g_th.new_empty(tables.runs, heads),
-        g_th.new_empty(tables.reads + 1, heads),
+        g_th.new_empty(counts.rows, heads, CHUNK),
+        g_th.new_empty(counts.rows + 1, heads, dtype=torch.float64),
+        g_th.new_empty(counts.runs - counts.pairs, heads),
+        g_th.new_empty(counts.reads + 1, heads),
     )
 
 
@@ -121,7 +122,7 @@ def _backward(
     scales_chlt: Tensor,
     decay_cht: Tensor,
     boundary_xh: Tensor,
-    run_decay_xh: Tensor,
+    state_decay_xh: Tensor,
     read_decay_mh: Tensor,
     lengths: Sequence[int],
     starts: Sequence[int],
@@ -130,7 +131,7 @@ def _backward(
     """Gradients of q, k, v, g and level scales (empty without)."""
     tables = make_tables(Sequences(tuple(lengths), tuple(starts)), v_thp.device)
     sizes = _sizes(q_tgn, v_thp)
-    decays = Decays(decay_cht, boundary_xh, run_decay_xh, read_decay_mh)
+    decays = Decays(decay_cht, boundary_xh, state_decay_xh, read_decay_mh)
     scales = scales_chlt if len(scales_chlt) else None
     dpieces_yhnp = piece_gradients(q_tgn, do_thp, scales, decays, scale, tables, sizes)
     spans_mh = bring_down(dpieces_yhnp, states_xhnp, decays, tables, sizes)

@@ -44,7 +44,7 @@ def outputs(
         tables.row_token, tables.row_slots, tables.read_start, tables.read, scale, levels,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK, HALF=HALF,
         BLOCK_P=block_p, AT_ONCE=at_once, LEVELS=min(levels, LEVELS_IN_HALF), PRECISION=sizes.precision,
-        num_warps=4, num_stages=sizes.stages(2),
+        num_warps=4, num_stages=1, maxnreg=168 if sizes.roomy else None,  # three programs a multiprocessor
     )  # fmt: skip
     return o_thp
 
@@ -63,6 +63,7 @@ def _outputs(
     p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     token, valid_t = row_tokens(row_token_ptr, row_slots_ptr, row, t)
     _, before_s = row_tokens(row_token_ptr, row_slots_ptr, row, s)
+    before_s &= half > 0
     groups: tl.constexpr = H // R
     q_at = s[:, None] * (groups * N) + n[None, :]
     v_at = s[:, None] * (H * P) + p[None, :]
@@ -81,27 +82,27 @@ def _outputs(
         if LEVELS:
             scales_row_ptr += of_row * L * CHUNK
         gap, read_scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read_from, head, t, H, LEVELS > 0)
-        first_head_ptr = v_ptr + (token * H + head) * P
-        v_sp = tl.load(first_head_ptr + half * HALF * H * P + v_at, mask=valid_t[:, None], other=0.0)
+        v_row_ptr = v_ptr + (token * H + head) * P
+        v_sp = tl.load(v_row_ptr + half * HALF * H * P + v_at, mask=valid_t[:, None], other=0.0)
+        v_before_sp = tl.load(v_row_ptr + v_at, mask=before_s[:, None], other=0.0)
         decay_t = tl.load(decay_ptr + of_row * CHUNK + t)
+        decay_s = tl.load(decay_ptr + of_row * CHUNK + s)
+        middle = tl.load(decay_ptr + of_row * CHUNK + HALF - 1)
         decay_ts = tl.where(s[:, None] >= s[None, :], decay_t[:, None] - decay_t[None, :], float("-inf"))
         weight_ts = scores_ts * tl.exp2(decay_ts)
         if LEVELS:
             weight_ts *= level_weights(scales_row_ptr, CHUNK, t, HALF, LEVELS)
         o_tp = tl.dot(weight_ts.to(v_sp.dtype), v_sp, input_precision=PRECISION)
         if half > 0:
-            decay_s = tl.load(decay_ptr + of_row * CHUNK + s)
-            middle = tl.load(decay_ptr + of_row * CHUNK + HALF - 1)
             from_middle_t = tl.exp2(decay_t - middle)
             if LEVELS:
                 from_middle_t *= tl.load(scales_row_ptr + tl.minimum(L - 1, LEVELS) * CHUNK + t).to(tl.float32)
             before_ts = before_scores_ts * from_middle_t[:, None] * tl.exp2(middle - decay_s)[None, :]
-            v_before_sp = tl.load(first_head_ptr + v_at, mask=before_s[:, None], other=0.0)
             o_tp = tl.dot(before_ts.to(v_sp.dtype), v_before_sp, o_tp, input_precision=PRECISION)
 
         for read in range(read_from, read_to):
-            run = tl.load(read_ptr + 4 * read).to(tl.int64)
-            state_np = tl.load(states_ptr + (run * H + head) * N * P + (n[:, None] * P + p[None, :]))
+            state = tl.load(read_ptr + 4 * read).to(tl.int64)
+            state_np = tl.load(states_ptr + (state * H + head) * N * P + (n[:, None] * P + p[None, :]))
             weight_t = scale * read_scale_t * tl.exp2(decay_t + gap)
             gap, read_scale_t = load_read(
                 read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, LEVELS > 0

@@ -26,7 +26,7 @@ class Decays(NamedTuple):
 
     slot_cht: torch.Tensor  # from the chunk's start to each slot's end
     boundary_xh: torch.Tensor  # fp64, [rows + 1, H], from the first boundary to each
-    run_xh: torch.Tensor  # from each run's end to its parent's
+    state_xh: torch.Tensor  # from the end of each run with a state to its parent's
     read_mh: torch.Tensor  # from the end of the run that is read to the row that reads it
 
 
@@ -39,8 +39,8 @@ def sum_decays(g_th: torch.Tensor, tables: Tables) -> Decays:
     grid = (tables.rows, triton.cdiv(heads, block))
     _sum_within_chunks[grid](g_th, slot_cht, tables.row_token, tables.row_slots, heads, CHUNK=CHUNK, BLOCK=block)
     _sum_over_chunks[(heads,)](slot_cht, boundary_xh, tables.rows, heads, CHUNK=CHUNK, BLOCK=1024)
-    run_xh, read_mh = (_gaps(boundary_xh, pair) for pair in (tables.run_gap, tables.read_gap))
-    return Decays(slot_cht, boundary_xh, run_xh, read_mh)
+    state_xh, read_mh = (_gaps(boundary_xh, pair) for pair in (tables.state_gap, tables.read_gap))
+    return Decays(slot_cht, boundary_xh, state_xh, read_mh)
 
 
 def _gaps(boundary_xh: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:

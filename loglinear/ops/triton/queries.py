@@ -37,7 +37,8 @@ def query_gradients(
     Returns:
         dq_wtgn, parts of dq, fp32.
         ddecay_cht, how the loss depends on the decay up to each query.
-        dreads_uech, its sums over 16 slots of a row (which no two warps share), of the read of a run of height e, where there is one.
+        dreads_uech, its sums over 16 slots of a row, of the read of a run of height e, where there is one. No two
+            warps share 16 slots, so these sums need no barrier.
     """
     at_once = sizes.heads_at_once(tables.rows, 32)
     parts = sizes.per_group // at_once
@@ -86,25 +87,18 @@ def _query_gradients(
         do_head_ptr = do_ptr + (token * H + head) * P
         do_tp = tl.load(do_head_ptr + do_at, mask=valid_t[:, None], other=0.0)
         for read in range(read_from, read_to):
-            run = tl.load(read_ptr + 4 * read).to(tl.int64)
-            state_ptr = states_ptr + (run * H + head) * N * P
-            state_np = tl.load(state_ptr + state_at)
-            decayed_t = scale * tl.exp2(decay_t + gap)
-            scale_now_t = scale_t
-            gap, scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, SCALED)
-            weight_t = decayed_t * scale_now_t
-            read_tp = tl.dot(q_tn, state_np, input_precision=PRECISION)
-            weighted_tp = (do_tp * weight_t[:, None]).to(do_tp.dtype)
-            dq_tn = tl.dot(weighted_tp, tl.trans(state_np), dq_tn, input_precision=PRECISION)
-            dscale_t = tl.sum(read_tp * do_tp.to(tl.float32), 1)
+            state = tl.load(read_ptr + 4 * read).to(tl.int64)
+            state_ptr = states_ptr + (state * H + head) * N * P
+            dread_tn = tl.dot(do_tp, tl.trans(tl.load(state_ptr + state_at)), input_precision=PRECISION)
             for block in tl.static_range(BLOCK_P, P, BLOCK_P):
                 do_more_tp = tl.load(do_head_ptr + block + do_at, mask=valid_t[:, None], other=0.0)
-                state_more_np = tl.load(state_ptr + block + state_at)
-                read_tp = tl.dot(q_tn, state_more_np, input_precision=PRECISION)
-                weighted_tp = (do_more_tp * weight_t[:, None]).to(do_tp.dtype)
-                dq_tn = tl.dot(weighted_tp, tl.trans(state_more_np), dq_tn, input_precision=PRECISION)
-                dscale_t += tl.sum(read_tp * do_more_tp.to(tl.float32), 1)
-            dscale_t *= decayed_t
+                state_pn = tl.trans(tl.load(state_ptr + block + state_at))
+                dread_tn = tl.dot(do_more_tp, state_pn, dread_tn, input_precision=PRECISION)
+            weight_t = scale * tl.exp2(decay_t + gap)
+            scale_now_t = scale_t
+            gap, scale_t = load_read(read_ptr, read_gap_ptr, scales_row_ptr, CHUNK, read + 1, head, t, H, SCALED)
+            dscale_t = weight_t * tl.sum(dread_tn * q_tn.to(tl.float32), 1)
+            dq_tn += (weight_t * scale_now_t)[:, None] * dread_tn
             if SCALED:
                 at_level = (of_row * L + tl.load(read_ptr + 4 * read + 1)) * CHUNK
                 tl.store(dscales_ptr + at_level + t, dscale_t.to(dscales_ptr.dtype.element_ty))

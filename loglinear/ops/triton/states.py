@@ -26,19 +26,19 @@ def run_states(
     tables: Tables,
     sizes: Sizes,
 ) -> torch.Tensor:
-    """States of runs, each decayed to its end, in v's dtype: [runs, H, N, P]. Right halves of one chunk stay empty."""
-    states_xhnp = v_thp.new_empty(tables.runs, sizes.heads, sizes.state, sizes.value)
+    """States of runs (which ones, see `Tables`), each decayed to its end, in v's dtype: [states, H, N, P]."""
+    states_xhnp = v_thp.new_empty(tables.states, sizes.heads, sizes.state, sizes.value)
     block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
     grid = (len(tables.pair) * sizes.heads, sizes.state // block_n * (sizes.value // block_p))
     _pair_states[grid](
-        k_tgn, v_thp, decays.slot_cht, decays.run_xh, states_xhnp, tables.row_token, tables.row_slots, tables.pair,
+        k_tgn, v_thp, decays.slot_cht, decays.state_xh, states_xhnp, tables.row_token, tables.row_slots, tables.pair,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
         BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=8,
     )  # fmt: skip
     block = sizes.flat_block
     for runs in tables.run_heights[1:]:
         _merge[((runs.stop - runs.start) * sizes.heads, sizes.flat // block)](
-            states_xhnp, decays.run_xh, tables.merge, runs.start, tables.rows,
+            states_xhnp, decays.state_xh, tables.merge, runs.start, tables.row_states,
             H=sizes.heads, F=sizes.flat, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return states_xhnp
@@ -65,7 +65,7 @@ def _chunk_state(
 
 @triton.jit
 def _pair_states(
-    k_ptr, v_ptr, decay_ptr, run_decay_ptr, states_ptr, row_token_ptr, row_slots_ptr, pair_ptr,
+    k_ptr, v_ptr, decay_ptr, state_decay_ptr, states_ptr, row_token_ptr, row_slots_ptr, pair_ptr,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,35 +74,36 @@ def _pair_states(
     n = tl.program_id(1) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
     p = tl.program_id(1) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
     state_at = n[:, None] * P + p[None, :]
-    left, right = tl.load(pair_ptr + 3 * pair), tl.load(pair_ptr + 3 * pair + 1)
+    left, right = tl.load(pair_ptr + 4 * pair), tl.load(pair_ptr + 4 * pair + 2)
     dtype = states_ptr.dtype.element_ty
     state_np = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if left >= 0:
         state_np = _chunk_state(
             k_ptr, v_ptr, decay_ptr, row_token_ptr, row_slots_ptr, left, head, n, p, H, R, N, P, CHUNK, PRECISION
         )
-        tl.store(states_ptr + (left.to(tl.int64) * H + head) * N * P + state_at, state_np.to(dtype))
-        state_np *= tl.exp2(tl.load(run_decay_ptr + left * H + head))
+        of_left = tl.load(pair_ptr + 4 * pair + 1).to(tl.int64) * H + head
+        tl.store(states_ptr + of_left * N * P + state_at, state_np.to(dtype))
+        state_np *= tl.exp2(tl.load(state_decay_ptr + of_left))
     if right >= 0:
         state_np += _chunk_state(
             k_ptr, v_ptr, decay_ptr, row_token_ptr, row_slots_ptr, right, head, n, p, H, R, N, P, CHUNK, PRECISION
         )
-        run = tl.load(pair_ptr + 3 * pair + 2).to(tl.int64)
-        tl.store(states_ptr + (run * H + head) * N * P + state_at, state_np.to(dtype))
+        of_both = tl.load(pair_ptr + 4 * pair + 3).to(tl.int64) * H + head
+        tl.store(states_ptr + of_both * N * P + state_at, state_np.to(dtype))
 
 
 @triton.jit
 def _merge(
-    states_ptr, run_decay_ptr, merge_ptr, first, rows,
+    states_ptr, state_decay_ptr, merge_ptr, first, row_states,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     merge, head = first + tl.program_id(0) // H, tl.program_id(0) % H
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     left, right = tl.load(merge_ptr + 2 * merge), tl.load(merge_ptr + 2 * merge + 1).to(tl.int64)
-    decay = tl.exp2(tl.load(run_decay_ptr + left * H + head, mask=left >= 0, other=0.0))
+    decay = tl.exp2(tl.load(state_decay_ptr + left * H + head, mask=left >= 0, other=0.0))
     left_ptr = states_ptr + (left.to(tl.int64) * H + head) * F
     left_f = tl.load(left_ptr + f, mask=left + 0 * f >= 0, other=0.0)
     right_f = tl.load(states_ptr + (right * H + head) * F + f)
     merged_f = right_f + decay * left_f.to(tl.float32)
-    out = (merge + rows).to(tl.int64) * H + head
+    out = (merge + row_states).to(tl.int64) * H + head
     tl.store(states_ptr + out * F + f, merged_f.to(right_f.dtype))

@@ -21,10 +21,14 @@ PIECE = 32  # rows: bounds the longest program, and with it the tail of the laun
 
 @dataclass(frozen=True)
 class Tables:
-    """Index tables on the device, int32 unless said otherwise. A source is a run that is read."""
+    """Index tables on the device, int32 unless said otherwise. A source is a run that is read.
+
+    Right rows of pairs have no state in memory, since only their pair's run needs it: states count all other runs.
+    """
 
     rows: int
-    runs: int
+    states: int
+    row_states: int  # states that are of rows; those of longer runs follow
     reads: int
     pieces: int
     run_heights: tuple[slice, ...]  # the runs of 2, 4, 8, ... chunks, counted from the first of them
@@ -34,12 +38,12 @@ class Tables:
     row_levels: torch.Tensor  # bit mask of the levels that a row's reads have
     row_gradient: torch.Tensor  # piece that holds the gradient of a row's state, -1 where that is zero
     read_start: torch.Tensor  # [rows + 1], reads of each row
-    read: torch.Tensor  # [reads + 1, 4]: run, level, height, source; one more, so that a loop may look ahead
+    read: torch.Tensor  # [reads + 1, 4]: state, level, height, source; one more, so that a loop may look ahead
     read_gap: torch.Tensor  # [reads + 1, 2]: boundaries at the run's end and before the row
-    pair: torch.Tensor  # [pairs of rows, 3]: left row, right row, run of both; -1 for what does not exist
-    merge: torch.Tensor  # [runs of more than one chunk, 2]: left run or -1, right run
-    run_gap: torch.Tensor  # [runs, 2]: boundaries at the run's end and its parent's
-    source: torch.Tensor  # [sources, 7]: run, pieces from, to, parent's gradient or -1, rows from, to, height
+    pair: torch.Tensor  # [pairs of rows, 4]: left row, its state, right row, state of both; -1 for what does not exist
+    merge: torch.Tensor  # [runs of more than one chunk, 2]: states of the left half, or -1, and of the right one
+    state_gap: torch.Tensor  # [states, 2]: boundaries at the run's end and its parent's
+    source: torch.Tensor  # [sources, 7]: state, pieces from, to, parent's gradient or -1, rows from, to, height
     piece: torch.Tensor  # [pieces, 5], longest first: rows from, to, boundary, level, where its sum goes
 
 
@@ -58,6 +62,10 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
     levels = np.zeros(plan.rows, np.int64)
     np.bitwise_or.at(levels, row, 1 << read[:, 1])
     of_source = np.searchsorted(source[:, 0], read[:, 0])
+    pair = _pairs(plan.rows, merge[merges.heights[0] if merges.heights else slice(0)])
+    has_state = np.ones(len(run_gap), bool)
+    has_state[pair[pair[:, 2] >= 0, 1]] = False
+    state = np.append(np.cumsum(has_state) - 1, -1)  # of a run; of run -1 too
     one_more = ((0, 1), (0, 0))
 
     def put(table: np.ndarray, dtype: type = np.int32) -> torch.Tensor:
@@ -65,7 +73,8 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
 
     return Tables(
         rows=plan.rows,
-        runs=len(run_gap),
+        states=int(has_state.sum()),
+        row_states=int(has_state[: plan.rows].sum()),
         reads=len(read),
         pieces=len(piece),
         run_heights=merges.heights,
@@ -75,12 +84,12 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
         row_levels=put(levels),
         row_gradient=put(above[: plan.rows, 0]),
         read_start=put(np.searchsorted(row, np.arange(plan.rows + 1))),
-        read=put(np.pad(np.column_stack([read[:, :3], of_source]), one_more)),
+        read=put(np.pad(np.column_stack([state[read[:, 0]], read[:, 1:3], of_source]), one_more)),
         read_gap=put(np.pad(np.column_stack([read[:, 3], row]), one_more)),
-        pair=put(_pairs(plan.rows, merge[merges.heights[0] if merges.heights else slice(0)])),
-        merge=put(merge[:, :2]),
-        run_gap=put(run_gap),
-        source=put(np.column_stack([source[:, :3], above[source[:, 0], 1], source[:, 3:]])),
+        pair=put(np.column_stack([pair[:, 0], state[pair[:, 0]], pair[:, 1], state[pair[:, 2]]])),
+        merge=put(state[merge[:, :2]]),
+        state_gap=put(run_gap[has_state]),
+        source=put(np.column_stack([state[source[:, 0]], source[:, 1:3], above[source[:, 0], 1], source[:, 3:]])),
         piece=put(piece),
     )
 

@@ -121,11 +121,11 @@ def bring_down(
     Returns:
         spans_mh, how the loss depends on the decay over the half to the right of each source, where it has a parent.
     """
-    spans_mh = decays.run_xh.new_empty(len(tables.source), sizes.heads)
+    spans_mh = decays.state_xh.new_empty(len(tables.source), sizes.heads)
     for sources in reversed(tables.source_heights):
         if sources.stop > sources.start:
             _bring_down[((sources.stop - sources.start) * sizes.heads,)](
-                dpieces_yhnp, states_xhnp, decays.run_xh, spans_mh, tables.source, sources.start,
+                dpieces_yhnp, states_xhnp, decays.state_xh, spans_mh, tables.source, sources.start,
                 H=sizes.heads, F=sizes.flat, BLOCK=sizes.flat_block, num_warps=8,
             )  # fmt: skip
     return spans_mh
@@ -133,15 +133,15 @@ def bring_down(
 
 @triton.jit
 def _bring_down(
-    dpieces_ptr, states_ptr, run_decay_ptr, spans_ptr, source_ptr, first,
+    dpieces_ptr, states_ptr, state_decay_ptr, spans_ptr, source_ptr, first,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     source, head = first + tl.program_id(0) // H, tl.program_id(0) % H
-    run = tl.load(source_ptr + 7 * source).to(tl.int64)
+    state = tl.load(source_ptr + 7 * source).to(tl.int64)
     piece_from, piece_to = tl.load(source_ptr + 7 * source + 1), tl.load(source_ptr + 7 * source + 2)
     parent = tl.load(source_ptr + 7 * source + 3)
-    decay = tl.exp2(tl.load(run_decay_ptr + run * H + head))
-    state_ptr = states_ptr + (run * H + head) * F
+    decay = tl.exp2(tl.load(state_decay_ptr + state * H + head))
+    state_ptr = states_ptr + (state * H + head) * F
     parent_ptr = dpieces_ptr + (parent.to(tl.int64) * H + head) * F
     own_ptr = dpieces_ptr + (piece_from.to(tl.int64) * H + head) * F
     span = tl.zeros([], tl.float32)
