@@ -47,7 +47,7 @@ def decay_gradients(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride"])
 def _later_readers(
     dreads_ptr, later_ptr, source_ptr, rows, H, stride,
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -71,7 +71,7 @@ def _later_readers(
         later_h += tl.sum(after_ch, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decay_gradients(
     reads_ptr, diagonal_ptr, second_half_ptr, dto_end_ptr, later_ptr, spans_ptr, dg_ptr,
     row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, rows, H,

@@ -96,7 +96,7 @@ def _add_value_gradients(
         _add(dv_ptr + block, at, dv_more_sp, v_valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "tokens"])
 def _diagonal_gradients(
     q_ptr, k_ptr, v_ptr, do_ptr, scales_ptr, decay_ptr, dq_ptr, dk_ptr, dv_ptr, dscales_ptr, ddecay_ptr,
     row_token_ptr, row_slots_ptr, scale, L, tokens,
@@ -149,7 +149,7 @@ def _diagonal_gradients(
     _add(dk_ptr + part * DK_STRIDE + to_group, q_at, dk_sn, valid_s[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "tokens"])
 def _second_half_gradients(
     q_ptr, k_ptr, v_ptr, do_ptr, scales_ptr, decay_ptr, dq_ptr, dk_ptr, dv_ptr, dscales_ptr, ddecay_ptr,
     row_token_ptr, row_slots_ptr, scale, L, tokens,

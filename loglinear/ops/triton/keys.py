@@ -49,7 +49,7 @@ def key_gradients(
     return dk_wtgn, ddecay_bcht
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def _key_gradients(
     k_ptr, v_ptr, decay_ptr, dpieces_ptr, dk_ptr, dv_ptr, ddecay_ptr,
     row_token_ptr, row_slots_ptr, row_gradient_ptr, tokens, rows,

@@ -49,7 +49,7 @@ def outputs(
     return o_thp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _outputs(
     q_ptr, k_ptr, v_ptr, o_ptr, scales_ptr, decay_ptr, read_gap_ptr, states_ptr,
     row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L,

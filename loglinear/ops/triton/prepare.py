@@ -51,7 +51,7 @@ def _gaps(boundary_xh: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
     return gap_mh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _subtract(boundary_ptr, pair_ptr, gap_ptr, pairs, H, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = i < pairs * H
@@ -75,7 +75,7 @@ def _sum_within_chunks(g_ptr, decay_ptr, row_token_ptr, row_slots_ptr, H, CHUNK:
     tl.store(decay_ptr + out_th, decay_th, mask=(h < H)[None, :] & (t >= 0)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sum_over_chunks(decay_ptr, boundary_ptr, rows, H, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(0)
     total = tl.zeros([], tl.float64)
@@ -102,7 +102,7 @@ def slots_innermost(scales_thl: torch.Tensor, tables: Tables) -> torch.Tensor:
 
 @triton.jit
 def _to_slots_innermost(
-    scales_ptr, out_ptr, row_token_ptr, row_slots_ptr, H, L, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    scales_ptr, out_ptr, row_token_ptr, row_slots_ptr, H, L: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     t = tl.arange(0, CHUNK)
@@ -131,8 +131,8 @@ def levels_innermost(dscales_chlt: torch.Tensor, tokens: int, tables: Tables) ->
 
 @triton.jit
 def _to_levels_innermost(
-    dscales_ptr, out_ptr, row_token_ptr, row_slots_ptr, row_levels_ptr, H, L,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, FIRST_READ_LEVEL: tl.constexpr,
+    dscales_ptr, out_ptr, row_token_ptr, row_slots_ptr, row_levels_ptr, H,
+    L: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FIRST_READ_LEVEL: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     t = tl.arange(0, CHUNK)

@@ -56,7 +56,7 @@ def query_gradients(
     return dq_wtgn, ddecay_cht, dreads_uech
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "tokens", "rows", "heights"])
 def _query_gradients(
     q_ptr, do_ptr, scales_ptr, decay_ptr, read_gap_ptr, states_ptr, dq_ptr, dscales_ptr, ddecay_ptr,
     dreads_ptr, row_token_ptr, row_slots_ptr, read_start_ptr, read_ptr, scale, L, tokens, rows, heights,

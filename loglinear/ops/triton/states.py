@@ -92,7 +92,7 @@ def _pair_states(
         tl.store(states_ptr + of_both * N * P + state_at, state_np.to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "row_states"])
 def _merge(
     states_ptr, state_decay_ptr, merge_ptr, first, row_states,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,

@@ -65,7 +65,7 @@ def _load_weights(
     return decay_th, scale_th
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _piece_gradients(
     q_ptr, do_ptr, scales_ptr, decay_ptr, boundary_ptr, dpieces_ptr,
     row_token_ptr, row_slots_ptr, piece_ptr, scale, L,
@@ -131,7 +131,7 @@ def bring_down(
     return spans_mh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _bring_down(
     dpieces_ptr, states_ptr, state_decay_ptr, spans_ptr, source_ptr, first,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
