@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.ops import LogLinearState, chunk_log_linear_attention, log_linear_attention, num_levels
+from loglinear.ops.triton.config import STATE_SIZES, VALUE_SIZES
 from tests.ops.op_cases import Inputs, Sizes, boundaries, random_inputs, random_state
 from tests.ops.triton_cases import errors, run
 
@@ -64,23 +65,25 @@ def test_dtypes(dtype: torch.dtype, levels: int | None) -> None:
     assert_accurate(fresh_inputs(2, 700, replace(SIZES, levels=levels)), dtype)
 
 
-@pytest.mark.parametrize("state_dim", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("state_dim", STATE_SIZES)
+@pytest.mark.parametrize("head_dim", VALUE_SIZES)
 def test_sizes(state_dim: int, head_dim: int) -> None:
     sizes = Sizes(groups=1, heads=2, state_dim=state_dim, head_dim=head_dim, levels=10)
     assert_accurate(fresh_inputs(1, 400, sizes), torch.bfloat16)
 
 
-@pytest.mark.parametrize(("state_dim", "head_dim"), [(16, 16), (64, 128), (128, 256), (256, 64)])
+@pytest.mark.parametrize(("state_dim", "head_dim"), [(16, 64), (64, 128), (128, 256)])
 def test_sizes_in_fp32(state_dim: int, head_dim: int) -> None:
-    """Keys of 256 in fp32 are left to the form in PyTorch."""
+    sizes = Sizes(groups=1, heads=2, state_dim=state_dim, head_dim=head_dim, levels=10)
+    assert_accurate(fresh_inputs(1, 300, sizes), torch.float32)
+
+
+@pytest.mark.parametrize(("state_dim", "head_dim"), [(256, 64), (64, 32), (24, 40)])
+def test_other_sizes_are_left_to_the_form_in_pytorch(state_dim: int, head_dim: int) -> None:
     sizes = Sizes(groups=1, heads=2, state_dim=state_dim, head_dim=head_dim, levels=10)
     inputs = on_gpu(fresh_inputs(1, 300, sizes), torch.float32)
-    if state_dim < 256:
-        assert_accurate(inputs, torch.float32)
-    else:
-        actual, wanted = run(log_linear_attention, inputs), run(chunk_log_linear_attention, inputs)
-        torch.testing.assert_close(actual.o, wanted.o)
+    actual, wanted = run(log_linear_attention, inputs), run(chunk_log_linear_attention, inputs)
+    torch.testing.assert_close(actual.o, wanted.o)
 
 
 @st.composite
@@ -108,11 +111,12 @@ def test_layouts(inputs: Inputs) -> None:
     assert_accurate(inputs, torch.bfloat16)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.01, 5.0, 50.0])
-def test_long_sequences_with_weak_and_strong_decays(decay: float) -> None:
+@pytest.mark.parametrize(("decay", "bound"), [(0.0, 7e-3), (0.01, 5e-3), (5.0, 5e-3), (50.0, 5e-3)])
+def test_long_sequences_with_weak_and_strong_decays(decay: float, bound: float) -> None:
+    """Without decay all heights of the tree count alike, and states and their gradients are rounded at each."""
     inputs = on_gpu(fresh_inputs(1, 32768, SIZES, decay), torch.bfloat16)
     measured = errors(inputs, chunk_log_linear_attention)
-    assert {name: error for name, error in measured.items() if not error < BOUND[torch.bfloat16]} == {}
+    assert {name: error for name, error in measured.items() if not error < bound} == {}
 
 
 def test_extreme_decays_and_scales_stay_finite_and_right() -> None:

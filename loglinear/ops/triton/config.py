@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-SIZES = (16, 32, 64, 128, 256)  # of keys and of values
+STATE_SIZES = (16, 32, 64, 128)  # of keys
+VALUE_SIZES = (64, 128, 256)
 ENOUGH_PROGRAMS = 500  # several for each multiprocessor of a large GPU
 
 
@@ -51,7 +52,7 @@ class Sizes:
 
     def value_block(self, most: int) -> int:
         """Numbers of a value that a program handles at once."""
-        return min(self.value, most if self.roomy else most // 2)
+        return min(self.value, most if self.dtype.itemsize == 2 else most // 2)
 
     def heads_at_once(self, rows: int, limit: int) -> int:
         """Heads of a group that one program handles, a power of two, so that there are enough programs."""

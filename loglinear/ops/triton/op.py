@@ -13,7 +13,7 @@ import torch
 from loglinear.ops.checks import Sequences, check_inputs
 from loglinear.ops.plan import plan_counts
 from loglinear.ops.state import LogLinearState
-from loglinear.ops.triton.config import SIZES, Sizes
+from loglinear.ops.triton.config import STATE_SIZES, VALUE_SIZES, Sizes
 from loglinear.ops.triton.decay_backward import decay_gradients
 from loglinear.ops.triton.edges import final_state, read_initial_state
 from loglinear.ops.triton.intra_backward import intra_gradients
@@ -29,12 +29,9 @@ Tensor = torch.Tensor
 
 
 def supports(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels know the sizes and the dtype of q [B, T, G, N] and v [B, T, H, P].
-
-    Not 256 x 4 bytes a key: a chunk of such keys, split for exact products, does not fit shared memory.
-    """
-    largest = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
-    return q.shape[-1] in SIZES and v.shape[-1] in SIZES and q.shape[-1] <= largest.get(v.dtype, 0)
+    """Whether the kernels are known to work for the sizes and the dtype of q [B, T, G, N] and v [B, T, H, P]."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return v.dtype in dtypes and q.shape[-1] in STATE_SIZES and v.shape[-1] in VALUE_SIZES
 
 
 def triton_log_linear_attention(

@@ -51,7 +51,7 @@ def query_gradients(
         scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows, len(tables.source_heights),
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
         BLOCK_T=BLOCK_T, BLOCK_P=sizes.value_block(128), AT_ONCE=at_once, SCALED=scales_chlt is not None,
-        PRECISION=sizes.precision, num_warps=8 if sizes.state == 256 else 4, num_stages=sizes.stages(2),
+        PRECISION=sizes.precision, num_warps=4, num_stages=sizes.stages(2),
     )  # fmt: skip
     return dq_wtgn, ddecay_cht, dreads_uech
 

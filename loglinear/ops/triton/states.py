@@ -28,12 +28,12 @@ def run_states(
 ) -> torch.Tensor:
     """States of runs (which ones, see `Tables`), each decayed to its end, in v's dtype: [states, H, N, P]."""
     states_xhnp = v_thp.new_empty(tables.states, sizes.heads, sizes.state, sizes.value)
-    block_n, block_p = min(sizes.state, 128), min(sizes.value, 64)
-    grid = (len(tables.pair) * sizes.heads, sizes.state // block_n * (sizes.value // block_p))
+    block_p = min(sizes.value, 64)
+    grid = (len(tables.pair) * sizes.heads, sizes.value // block_p)
     _pair_states[grid](
         k_tgn, v_thp, decays.slot_cht, decays.state_xh, states_xhnp, tables.row_token, tables.row_slots, tables.pair,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-        BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=8,
+        BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=8,
     )  # fmt: skip
     block = sizes.flat_block
     for runs in tables.run_heights[1:]:
@@ -67,16 +67,16 @@ def _chunk_state(
 def _pair_states(
     k_ptr, v_ptr, decay_ptr, state_decay_ptr, states_ptr, row_token_ptr, row_slots_ptr, pair_ptr,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The states of a left row and of its run with the right one. Nobody reads the right one's, so it is not stored."""
     pair, head = tl.program_id(0) // H, tl.program_id(0) % H
-    n = tl.program_id(1) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(1) % (P // BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, N)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     state_at = n[:, None] * P + p[None, :]
     left, right = tl.load(pair_ptr + 4 * pair), tl.load(pair_ptr + 4 * pair + 2)
     dtype = states_ptr.dtype.element_ty
-    state_np = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    state_np = tl.zeros([N, BLOCK_P], tl.float32)
     if left >= 0:
         state_np = _chunk_state(
             k_ptr, v_ptr, decay_ptr, row_token_ptr, row_slots_ptr, left, head, n, p, H, R, N, P, CHUNK, PRECISION

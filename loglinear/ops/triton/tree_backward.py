@@ -35,16 +35,16 @@ def piece_gradients(
 ) -> torch.Tensor:
     """Gradients of the states of runs from the readers in each piece: [pieces, H, N, P]."""
     dpieces_yhnp = do_thp.new_empty(tables.pieces, sizes.heads, sizes.state, sizes.value)
-    block_n, block_p = min(sizes.state, 128), sizes.value_block(128)
+    block_p = sizes.value_block(128)
     at_once = sizes.heads_at_once(tables.pieces, 128 // block_p) if block_p == sizes.value else 1
-    grid = (sizes.heads // at_once, tables.pieces, sizes.state // block_n * (sizes.value // block_p))
+    grid = (sizes.heads // at_once, tables.pieces, sizes.value // block_p)
     if tables.pieces:
         _piece_gradients[grid](
             q_tgn, do_thp, scales_chlt, decays.slot_cht, decays.boundary_xh, dpieces_yhnp,
             tables.row_token, tables.row_slots, tables.piece, scale,
             0 if scales_chlt is None else scales_chlt.shape[2],
             H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
-            BLOCK_T=BLOCK_T, BLOCK_N=block_n, BLOCK_P=block_p, AT_ONCE=at_once, SCALED=scales_chlt is not None,
+            BLOCK_T=BLOCK_T, BLOCK_P=block_p, AT_ONCE=at_once, SCALED=scales_chlt is not None,
             PRECISION=sizes.precision, num_warps=4, num_stages=sizes.stages(2),
         )  # fmt: skip
     return dpieces_yhnp
@@ -70,14 +70,14 @@ def _piece_gradients(
     q_ptr, do_ptr, scales_ptr, decay_ptr, boundary_ptr, dpieces_ptr,
     row_token_ptr, row_slots_ptr, piece_ptr, scale, L,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, AT_ONCE: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_head, piece = tl.program_id(0) * AT_ONCE, tl.program_id(1)
     t, h = tl.arange(0, BLOCK_T), first_head.to(tl.int64) + tl.arange(0, AT_ONCE)
-    n = tl.program_id(2) // (P // BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.arange(0, N)
     column = tl.arange(0, AT_ONCE * BLOCK_P)  # the values of several heads side by side
-    first_p = tl.program_id(2) % (P // BLOCK_P) * BLOCK_P
+    first_p = tl.program_id(2) * BLOCK_P
     piece_ptr += 5 * piece
     since, level, out = tl.load(piece_ptr + 2), tl.load(piece_ptr + 3), tl.load(piece_ptr + 4)
     first, end = tl.load(piece_ptr), tl.load(piece_ptr + 1)
@@ -85,7 +85,7 @@ def _piece_gradients(
     q_at = t[:, None] * (groups * N) + n[None, :]
     do_at = t[:, None] * (H * P) + column[None, :]
     run_end_h = tl.load(boundary_ptr + since * H + h)
-    dstate_nf = tl.zeros([BLOCK_N, AT_ONCE * BLOCK_P], tl.float32)
+    dstate_nf = tl.zeros([N, AT_ONCE * BLOCK_P], tl.float32)
     decay_th, scale_th = _load_weights(
         decay_ptr, boundary_ptr, scales_ptr, run_end_h, first, level, h, t, L, H, CHUNK, SCALED
     )
