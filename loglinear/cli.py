@@ -105,6 +105,8 @@ def ops(out: Annotated[Path, typer.Option(help="Where the table and the plot go.
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    # An OpenMP thread that spins while it waits for one without a core slows a busy machine down tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

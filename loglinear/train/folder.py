@@ -21,7 +21,7 @@ FIXED = ("model",)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`config.yaml`, `tokenizer.model`, `metrics.jsonl`, `checkpoints/` and `tensorboard/` below `root`."""
+    """`config.yaml`, `tokenizer.model`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `tensorboard/` below `root`."""
 
     root: Path
 
@@ -49,6 +49,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """TensorBoard's event files."""
         return self.root / "tensorboard"
+
+    @property
+    def curve(self) -> Path:
+        """A picture of the losses, drawn when the run ends."""
+        return self.root / "loss.png"
 
     def prepare(self, config: Config) -> None:
         """Make the folder and write the configuration into it.

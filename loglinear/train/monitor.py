@@ -52,10 +52,10 @@ class Monitor:
         record = {"step": step, "loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
         self._metrics.write(json.dumps(record | {"tokens": result.tokens}) + "\n")
         self._tokens += result.tokens
-        if step % self._every:
-            return
         now = time.perf_counter()
         self.tokens_per_second = self._tokens / (now - self._since)
+        if step % self._every:
+            return
         self._since, self._tokens = now, 0
         self._scalars(
             step,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from data_pipeline.background import start_preparation, wait_until_ready
 from data_pipeline.batch import Batch
@@ -25,6 +28,7 @@ from loglinear.model import build_model
 from loglinear.model.generation import generate
 from loglinear.parallel import World, start_world
 from loglinear.train.console import TrainConsole
+from loglinear.train.curve import draw_losses
 from loglinear.train.engine import Engine, StepResult
 from loglinear.train.evaluation import held_out_loss
 from loglinear.train.folder import RunFolder, check_unchanged, git_revision
@@ -64,8 +68,8 @@ class _Run:
     def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
         self.config, self.world, self.stop = config, world, stop
         self.first = world.rank == 0
-        self.micro_batches = config.train.micro_batches(world.size)
-        peak = peak_flops(world.device, config.train.peak_tflops)
+        self.micro_batches = world.together(lambda: config.train.micro_batches(world.size))[0]
+        peak = world.together(lambda: peak_flops(world.device, config.train.peak_tflops))[0]
         self.folder = RunFolder(config.run.folder)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint, world)
         snapshot = self.store.latest()
@@ -221,19 +225,32 @@ class _Run:
 
     def _beside(self, step: int) -> str:
         """What a model that knows only the frequencies of tokens would reach; shown with the last held-out loss."""
-        index = complete_index(self.config.data, self.config.model.vocab_size)
-        if step < self.config.train.steps or index is None:
+        entropy = self._unigram_entropy()
+        if step < self.config.train.steps or entropy is None:
             return ""
-        return f" (unigram entropy of this tokenizer: {index.unigram_entropy:.4f})"
+        return f" (unigram entropy of this tokenizer: {entropy:.4f})"
+
+    def _unigram_entropy(self) -> float | None:
+        """Nats per token, once the preparation is complete."""
+        index = complete_index(self.config.data, self.config.model.vocab_size)
+        return None if index is None else index.unigram_entropy
 
     def _finish(self) -> None:
         """Say where everything lies and what can be done next."""
         root = self.folder.root
-        self.console.say(f"Done: {self.config.train.steps} steps. Checkpoints are in {self.folder.checkpoints}.")
-        self.console.say(f"  curves:    tensorboard --logdir {self.folder.tensorboard}")
-        self.console.say(f"  evaluate:  loglinear eval {root}")
-        self.console.say(f"  generate:  loglinear generate {root} --prompt {shlex.quote(self.config.eval.prompt)}")
+        if self.first:
+            draw_losses(self.folder.metrics, self.folder.curve, self._unigram_entropy())
+        self.console.say(f"Done: {self.config.train.steps} steps; checkpoints and loss.png are in {root}.")
+        prompt = shlex.quote(self.config.eval.prompt)
+        self.console.say(f"  curves:    {_program('tensorboard')} --logdir {self.folder.tensorboard}")
+        self.console.say(f"  evaluate:  {_program('loglinear')} eval {root}")
+        self.console.say(f"  generate:  {_program('loglinear')} generate {root} --prompt {prompt}")
         self.console.say("  train on:  the same command with a larger train.steps=")
+
+
+def _program(name: str) -> str:
+    """How a program of this environment is started: by its path where its name alone would not do."""
+    return name if shutil.which(name) else str(Path(sys.executable).with_name(name))
 
 
 def _versions() -> dict[str, str]:

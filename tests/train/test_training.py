@@ -54,7 +54,7 @@ def plain_training(config: Config) -> Truth:
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), own.clip_norm)))
-        values.append(float(loss))
+        values.append(loss.item())
         optimizer.step()
     return values, norms, {name: parameter.detach().flatten() for name, parameter in model.named_parameters()}
 
@@ -159,3 +159,4 @@ def test_the_console_tells_how_far_it_is_and_what_is_next(prepared: DataConfig, 
     ):
         assert words in told
     assert "Warning" not in told
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
