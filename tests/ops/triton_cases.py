@@ -81,7 +81,7 @@ def errors(inputs: Inputs, reference: Callable = naive_log_linear_attention) -> 
     pairs = {"o": (actual.o, wanted.o), "final state": (actual.final.buckets, wanted.final.buckets)}
     pairs |= {name: (actual.gradients[name], wanted.gradients[name]) for name in wanted.gradients}
     return {
-        name: relative_error(have, want) if float(want.norm()) > 1e-12 else float(have.norm())
+        name: relative_error(have, want) if float(want.detach().norm()) > 1e-12 else float(have.detach().norm())
         for name, (have, want) in pairs.items()
     }
 
