@@ -5,6 +5,8 @@ Shapes: b batch, t time, h value head, g query/key group, n state (key) size, p 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from loglinear.ops.chunk import chunk_log_linear_attention
@@ -49,7 +51,7 @@ def log_linear_attention(
 
     Source: arXiv 2506.04761; adaptive `level_scales`: arXiv 2605.06946.
     """
-    return chunk_log_linear_attention(
+    return _form(q, v)(
         q,
         k,
         v,
@@ -60,3 +62,13 @@ def log_linear_attention(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _form(q_btgn: torch.Tensor, v_bthp: torch.Tensor) -> Callable[..., tuple[torch.Tensor, LogLinearState | None]]:
+    """The kernels where they run, else the form in PyTorch; Triton is imported only where there is a GPU."""
+    if v_bthp.is_cuda:
+        from loglinear.ops.triton import supports, triton_log_linear_attention
+
+        if supports(q_btgn, v_bthp):
+            return triton_log_linear_attention
+    return chunk_log_linear_attention

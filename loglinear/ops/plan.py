@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -122,6 +123,22 @@ def make_plan(sequences: Sequences, chunk: int, initial_buckets: int, final_stat
         initial_reads=Reads(*put(_initial_reads(layout, initial_buckets))),
         final=final,
     )
+
+
+class Counts(NamedTuple):
+    """The lengths of a plan's lists."""
+
+    rows: int
+    pairs: int  # runs of two chunks
+    runs: int
+    reads: int
+
+
+def plan_counts(sequences: Sequences, chunk: int) -> Counts:
+    """What `make_plan` would list for these sequences without a final state, known without making any tensor."""
+    layout = _Layout(sequences, chunk, False)
+    pairs, runs = (int(layout.run_counts[heights].sum()) for heights in (slice(1, 2), slice(None)))
+    return Counts(layout.rows, pairs, runs, len(_reads(layout)[0]))
 
 
 class _Layout:

@@ -1,0 +1,61 @@
+"""Sizes of a call, and the block shapes that follow from them. Fixed, so that all ranks agree and nothing is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+STATE_SIZES = (16, 32, 64, 128)  # of keys
+VALUE_SIZES = (64, 128, 256)
+ENOUGH_PROGRAMS = 500  # several for each multiprocessor of a large GPU
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Heads, groups, state (key) and value sizes of a call."""
+
+    heads: int
+    groups: int
+    state: int
+    value: int
+    dtype: torch.dtype
+
+    @property
+    def per_group(self) -> int:
+        """Value heads that share a query and a key."""
+        return self.heads // self.groups
+
+    @property
+    def flat(self) -> int:
+        """Numbers in a state."""
+        return self.state * self.value
+
+    @property
+    def flat_block(self) -> int:
+        """Numbers of a state that a program handles at once."""
+        return min(self.flat, 8192)
+
+    @property
+    def precision(self) -> str:
+        """How fp32 products run on tensor cores; three tf32 products keep fp32's accuracy."""
+        return "tf32x3" if self.dtype == torch.float32 else "tf32"
+
+    @property
+    def roomy(self) -> bool:
+        """Whether tiles are small enough for shared memory to hold those of several steps ahead."""
+        return self.dtype.itemsize == 2 and max(self.state, self.value) <= 128
+
+    def stages(self, most: int) -> int:
+        """How many steps ahead a loop loads."""
+        return most if self.roomy else 1
+
+    def value_block(self, most: int) -> int:
+        """Numbers of a value that a program handles at once."""
+        return min(self.value, most if self.dtype.itemsize == 2 else most // 2)
+
+    def heads_at_once(self, rows: int, limit: int) -> int:
+        """Heads of a group that one program handles, a power of two, so that there are enough programs."""
+        fitting = [1 << n for n in range(limit.bit_length()) if self.per_group % (1 << n) == 0]
+        busy = [n for n in fitting if rows * self.heads // n >= ENOUGH_PROGRAMS]
+        return max(busy, default=1)

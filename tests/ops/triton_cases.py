@@ -1,0 +1,103 @@
+"""Calls of the Triton kernels and how far each output and gradient is from the definition in float64.
+
+As a program it computes CASES on a CPU in Triton's interpreter and prints the errors as JSON; the variable that turns
+the interpreter on must be set before Triton is imported, so tests start it as a process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.library import opcheck
+
+from loglinear.ops import naive_log_linear_attention
+from loglinear.ops.triton import op, tables, triton_log_linear_attention
+from tests.ops.op_cases import (
+    Inputs,
+    Result,
+    Sizes,
+    boundaries,
+    occupied,
+    random_inputs,
+    random_state,
+    relative_error,
+)
+
+SMALL = Sizes(groups=1, heads=2, state_dim=16, head_dim=16, levels=11)
+OPERATOR_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+
+
+def packed(lengths: list[int], starts: tuple[int, ...] | None = None, sizes: Sizes = SMALL) -> Inputs:
+    """Documents in one row, behind initial states that hold `starts` tokens."""
+    inputs = replace(random_inputs(3, 1, sum(lengths), sizes), cu_seqlens=boundaries(lengths))
+    if starts is not None:
+        inputs = replace(inputs, initial_state=random_state(4, starts, sizes))
+    return inputs
+
+
+CASES: dict[str, Callable[[], Inputs]] = {
+    "one token": lambda: random_inputs(0, 1, 1, SMALL),
+    "half a chunk": lambda: random_inputs(0, 1, 64, replace(SMALL, levels=7)),
+    "levels of a short sequence": lambda: random_inputs(0, 1, 20, replace(SMALL, levels=6)),
+    "several rows, ragged": lambda: random_inputs(1, 2, 300, SMALL),
+    "whole chunks": lambda: random_inputs(1, 1, 512, SMALL),
+    "groups": lambda: random_inputs(2, 1, 200, replace(SMALL, groups=2, heads=4)),
+    "heads that are no power of two": lambda: random_inputs(2, 1, 140, replace(SMALL, heads=3)),
+    "sizes": lambda: random_inputs(2, 1, 200, replace(SMALL, state_dim=32, head_dim=64)),
+    "no level scales": lambda: random_inputs(2, 1, 300, replace(SMALL, levels=None)),
+    "documents": lambda: packed([100, 3, 0, 397, 128]),
+    "a state": lambda: packed([300], (137,)),
+    "states and documents": lambda: packed([60, 0, 200], (0, 130, 517)),
+    "a state without level scales": lambda: packed([150], (200,), replace(SMALL, levels=None)),
+}
+
+
+def _weigh(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """A scalar whose gradient is random and exact in every dtype, and the same for whatever form made `x`."""
+    rng = torch.Generator().manual_seed(seed)
+    weights = torch.randn(x.shape, generator=rng).bfloat16().double()
+    return (x.cpu().double() * weights).sum()
+
+
+def run(form: Callable, inputs: Inputs) -> Result:
+    """Outputs, final state and gradients of a form from random gradients of both; o is in the dtype of `inputs`."""
+    inputs = inputs.fresh()
+    o, final = form(**inputs.arguments(), output_final_state=True)
+    leaves = inputs.leaves()
+    loss = _weigh(o, 1) + _weigh(final.buckets, 2)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    filled = dict(zip(leaves, gradients, strict=True))
+    if inputs.initial_state is not None:  # empty buckets are zero by contract, so nobody asks for their gradient
+        filled["initial_state"] = filled["initial_state"] * occupied(inputs.initial_state).to(filled["g"])
+    return Result(o.detach(), final, filled)
+
+
+def errors(inputs: Inputs, reference: Callable = naive_log_linear_attention) -> dict[str, float]:
+    """Relative error of every output and gradient of the kernels, absolute where the truth is zero."""
+    actual, wanted = run(triton_log_linear_attention, inputs), run(reference, inputs.fresh(torch.float64))
+    pairs = {"o": (actual.o, wanted.o), "final state": (actual.final.buckets, wanted.final.buckets)}
+    pairs |= {name: (actual.gradients[name], wanted.gradients[name]) for name in wanted.gradients}
+    return {
+        name: relative_error(have, want) if float(want.detach().norm()) > 1e-12 else float(have.detach().norm())
+        for name, (have, want) in pairs.items()
+    }
+
+
+def check_operator() -> None:
+    """Schema, fake implementation and autograd of the custom operator agree with what it does."""
+    inputs = random_inputs(5, 1, 300, SMALL).fresh(torch.float32)
+    for scales in (inputs.leaves()["level_scales"], None):
+        tensors = [
+            x if x is None else x[0].detach().requires_grad_() for x in (*list(inputs.leaves().values())[:4], scales)
+        ]
+        opcheck(op._forward, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tables.PIECE = 2  # so that the readers of a run are split at these lengths already
+    check_operator()
+    print(json.dumps({name: errors(case().fresh(torch.float32)) for name, case in CASES.items()}))
