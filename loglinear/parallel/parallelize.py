@@ -61,7 +61,7 @@ class Stream:
         self._is_cut = False
 
     def start(self, partial_btd: torch.Tensor) -> torch.Tensor:
-        """The stream from a rank's part of the embedding's sum [B, T, D]; without gradients (decoding) it stays whole."""
+        """The stream from a rank's part of the embeddings [B, T, D]; without gradients (decoding) it stays whole."""
         self._is_cut = self._sequence and torch.is_grad_enabled()
         return self.leave(partial_btd)
 
@@ -114,7 +114,7 @@ class OwnGroups(nn.Module):
         self._core, self._group = core, slice(group, group + 1)
 
     def forward(self, memory: Any, q_btgn: torch.Tensor, k_btgn: torch.Tensor, *others: Any) -> Any:
-        """As in `LogLinearCore.forward`."""
+        """Outputs and memory, as in `LogLinearCore.forward`."""
         return self._core(memory, q_btgn[:, :, self._group], k_btgn[:, :, self._group], *others)
 
 
