@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipeline.sources import Document, Skipped
 from data_pipeline.tokenizer import Tokenizer
+from loglinear.config import DataConfig
 from loglinear.errors import UserError
 
 CHUNK_CHARS = 1 << 19  # about 0.1 s of work
@@ -40,14 +41,15 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def encode_stream(
-    items: Iterable[Document | Skipped], tokenizer: Path, held_out: float, workers: int
+    items: Iterable[Document | Skipped], data: DataConfig, tokenizer: Path
 ) -> Generator[Encoded | Skipped, None, None]:
-    """`items` with every document tokenised by one of `workers` processes.
+    """`items` with every document tokenised by one of `data.prepare_workers` processes.
 
     Raises:
         UserError: a worker was killed.
     """
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, held_out)) as pool:
+    workers, start = data.prepare_workers, (tokenizer, data.tokenizer.bos, data.held_out)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
         pending: deque[Future[list[Encoded | Skipped]]] = deque()
         try:
             for chunk in _chunks(items):
@@ -91,11 +93,11 @@ class _Worker:
 _worker: _Worker  # one a worker process
 
 
-def _start_worker(tokenizer: Path, held_out: float) -> None:
+def _start_worker(tokenizer: Path, bos: str | None, held_out: float) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(Tokenizer(tokenizer), held_out)
+    _worker = _Worker(Tokenizer(tokenizer, bos), held_out)
 
 
 def _end_with_parent() -> None:

@@ -56,9 +56,15 @@ def summary(index: Index) -> str:
     lines = [
         f"{train.documents:,} documents ({train.text_bytes / 1e6:,.1f} MB, {train.tokens:,} tokens)"
         f" to train on, {held_out.documents:,} ({held_out.tokens:,} tokens) held out,"
-        f" in {len(index.shards):,} shards",
+        f" in {index.shards:,} shards",
         f"{index.vocab_size:,} pieces, unigram entropy {index.unigram_entropy:.3f} nats a token",
     ]
+    if index.packing.cut_concatenated:
+        packing = index.packing
+        lines.append(
+            f"best fit: {packing.cut:,} documents cut, where concatenation would cut {packing.cut_concatenated:,};"
+            f" filling is {packing.padding / train.tokens:.2%} of the tokens"
+        )
     for reason, skips in sorted(index.skipped.items()):
         names = ", ".join(skips.first[:SHOWN_NAMES]) + (", ..." if skips.count > SHOWN_NAMES else "")
         lines.append(f"left out {skips.count:,} ({reason}): {names}")

@@ -66,7 +66,7 @@ class Tokenizer:
         sha256: fingerprint of the model file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, bos: str | None = None) -> None:
         """Load `path`.
 
         Raises:
@@ -129,13 +129,13 @@ class Tokenizer:
         return self._model.encode(text)
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int, bos: str | None = None) -> Tokenizer:
     """The tokenizer in `path`, for a model of `vocab_size` embeddings.
 
     Raises:
         UserError: the file is missing or unfit, or has more pieces than the model has embeddings.
     """
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, bos)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} pieces, but model.vocab_size is {vocab_size};"

@@ -87,12 +87,13 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     from loglinear.config import load_config
 
     settings = load_config(config, overrides or ())
-    from data_pipeline.prepare import prepare as run
+    from data_pipeline.prepare import prepare_all
     from data_pipeline.progress import console_progress, summary
 
     with console_progress() as progress:
-        index = run(settings.data, settings.model.vocab_size, progress)
-    typer.echo(summary(index))
+        indices = prepare_all(settings.data, settings.model.vocab_size, progress)
+    for name, index in indices.items():
+        typer.echo(f"{name}:\n{summary(index)}" if name else summary(index))
 
 
 @bench_app.command()

@@ -116,6 +116,7 @@ class _Run:
         )
         if saved is not None:
             saved.require_same_order(loader.state(0))
+        loader.require(config.train.steps - self.start)
         return _Data(loader, iter(loader))
 
     def _wait_for_data(self) -> None:
@@ -123,7 +124,11 @@ class _Run:
         if not self.first:
             return
         config = self.config
-        self.console.say(f"Data in {config.data.dir}: training starts as soon as the first shard is prepared.")
+        self.console.say(
+            f"Data in {config.data.dir}: training starts as soon as "
+            + ("all is" if config.data.is_mixture else "the first shard is")
+            + " prepared."
+        )
         wait_until_ready(
             config.data,
             vocab_size=config.model.vocab_size,
@@ -221,7 +226,8 @@ class _Run:
 
     def _beside(self, step: int) -> str:
         """What a model that knows only the frequencies of tokens would reach; shown with the last held-out loss."""
-        index = complete_index(self.config.data, self.config.model.vocab_size)
+        data = self.config.data
+        index = None if data.is_mixture else complete_index(data, self.config.model.vocab_size)
         if step < self.config.train.steps or index is None:
             return ""
         return f" (unigram entropy of this tokenizer: {index.unigram_entropy:.4f})"
