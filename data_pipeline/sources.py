@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,10 +13,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.formats import read_rows
+from data_pipeline.remote import expand, is_remote
 from loglinear.config import SourceConfig
 from loglinear.errors import UserError
 
 SHUFFLED_KINDS = frozenset({"folder", "stdlib"})  # their files come in an order that depends on the seed
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say it, UTF-8 cannot
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -57,7 +60,7 @@ def _open(source: SourceConfig, seed: int) -> Iterator[Document | Skipped]:
         return _folder(Path(path), source.pattern, frozenset(), seed)
     if source.kind == "hub":
         return _hub(source, path)
-    return _local(source, path)
+    return _files(source, path)
 
 
 def _folder(root: Path, pattern: str, without: frozenset[str], seed: int) -> Iterator[Document | Skipped]:
@@ -97,25 +100,16 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _local(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
-    """The documents of the local files that `path` names or matches, file after file."""
-    files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
+def _files(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
+    """The documents of the files that `path` names or matches, file after file."""
+    files = expand(path) if is_remote(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
     if not files:
         raise UserError(f"data.sources: no file {path}; correct the path of this {source.kind} source")
-    with tempfile.TemporaryDirectory() as cache:
-        for file in files:
-            rows = _guarded(_local_rows(source, file, cache), lambda error, file=file: _bad_file(file, source, error))
-            yield from _documents(rows, source.text_field, file)
-
-
-def _local_rows(source: SourceConfig, file: str, cache: str) -> Iterator[dict[str, Any]]:
-    """The rows of one file; `cache` takes the locks that the library leaves behind."""
-    datasets = _quiet_datasets()
-    builder = {"jsonl": "json", "parquet": "parquet", "text": "text"}[source.kind]
-    options = {"sample_by": "document"} if source.kind == "text" else {}
-    yield from datasets.load_dataset(
-        builder, data_files=[glob.escape(file)], split="train", streaming=True, cache_dir=cache, **options
-    )
+    for file in files:
+        rows = read_rows(source.kind, file, source.text_field)
+        yield from _documents(
+            _guarded(rows, lambda error, file=file: _bad_file(file, source, error)), source.text_field, file
+        )
 
 
 def _hub(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
@@ -145,6 +139,8 @@ def _guarded(rows: Iterable[Any], explain: Callable[[Exception], UserError]) -> 
     """`rows`, with whatever the library raises turned into one sentence."""
     try:
         yield from rows
+    except UserError:
+        raise
     except Exception as error:
         raise explain(error) from error
 
@@ -177,4 +173,6 @@ def _documents(rows: Iterable[dict[str, Any]], field: str, origin: str) -> Itera
 
 
 def _item(text: str, name: str) -> Document | Skipped:
-    return Skipped(name, "empty") if not text or text.isspace() else Document(text, name)
+    if not text or text.isspace():
+        return Skipped(name, "empty")
+    return Skipped(name, "half a surrogate pair") if SURROGATE.search(text) else Document(text, name)
