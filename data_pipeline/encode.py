@@ -95,6 +95,7 @@ _worker: _Worker  # one a worker process
 
 def _start_worker(tokenizer: Path, bos: str | None, held_out: float) -> None:
     global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = _Worker(Tokenizer(tokenizer, bos), held_out)

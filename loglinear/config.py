@@ -166,8 +166,8 @@ class TokenizerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.bos is not None and (self.path is None or self.path.suffix != ".json"):
-            raise ValueError("bos belongs to a tokenizer.json in path; a sentencepiece model knows its own")
+        if self.bos is not None and self.path is None:
+            raise ValueError("bos belongs to a tokenizer.json in path; a tokenizer that is trained here knows its own")
         return self
 
 
