@@ -96,6 +96,63 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
         typer.echo(f"{name}:\n{summary(index)}" if name else summary(index))
 
 
+@data_app.command()
+def inspect(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    documents: Annotated[int, typer.Option(min=0, help="Documents of each source to show.")] = 2,
+) -> None:
+    """Show what is prepared: shares, lengths and their histogram, what packing costs, and some documents."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from rich.console import Console
+
+    from data_pipeline.inspection import inspect as run
+
+    run(settings.data, settings.model.vocab_size, settings.model.seq_len, documents, Console())
+
+
+@data_app.command()
+def verify(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check the SHA-256 of every token file; exit code 2 if one is damaged."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from data_pipeline.progress import counting
+    from data_pipeline.verify import verify as run
+
+    with counting("verifying") as progress:
+        problems = run(settings.data, settings.model.vocab_size, progress)
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise UserError(f"{settings.data.dir}: {len(problems)} files are missing or damaged; each is named above")
+    typer.echo(f"{settings.data.dir}: every file is whole")
+
+
+@data_app.command()
+def contamination(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="A file for the report, as JSON.")] = None,
+) -> None:
+    """Look for held-out documents, and any 50 tokens of one, in training data; exit code 1 if there are any."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from data_pipeline.contamination import check_contamination
+    from data_pipeline.files import write_json
+    from data_pipeline.progress import counting, describe_contamination
+
+    with counting("comparing") as progress:
+        report = check_contamination(settings.data, settings.model.vocab_size, progress)
+    if out is not None:
+        write_json(out, report.to_dict())
+    typer.echo(describe_contamination(report))
+    raise typer.Exit(1 if report.contaminated_documents else 0)
+
+
 @bench_app.command()
 def ops(out: Annotated[Path, typer.Option(help="Where the table and the plot go.")] = Path("runs/bench-ops")) -> None:
     """Time of log-linear attention against sequence length on the CPU, beside softmax attention."""
