@@ -92,11 +92,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos."""
-        return self._model.encode(text)
+        return [token for part in self._model.parts(text) for token in self._model.encode(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array of `dtype_name` a text: bos, then its pieces."""
-        return [np.array([self.bos_id, *self.encode(text)], dtype=self.dtype_name) for text in texts]
+        return [self._encode_array(text) for text in texts]
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        parts = (self._model.encode(part) for part in self._model.parts(text))
+        return np.concatenate([np.array(tokens, self.dtype_name) for tokens in ([self.bos_id], *parts)])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bos is left out."""

@@ -11,6 +11,7 @@ from loglinear.errors import UserError
 
 SPACE_MARK = "\u2581"  # sentencepiece writes a space so; the character itself must travel as bytes
 LONGEST_LINE = 1 << 16  # characters; sentencepiece takes a hundred times a line's size in memory
+LONGEST_BLOCK = 1 << 20  # characters; a list of tokens takes ten times the memory of an array
 PROBE = "a  b\n\t\u00e9\u4e2d\U0001f600 <\u2581"  # what a tokenizer that keeps text gives back
 
 
@@ -48,6 +49,10 @@ class SentencePieceModel:
         whole, lines = self._model.encode(["a\n b", "a b"]), self._model.encode(["a\n", "a", " b"])
         self._by_line = whole == [lines[0] + lines[2], lines[1] + lines[2]]
 
+    def parts(self, text: str) -> Iterator[str]:
+        """`text` in parts that can be encoded one after the other."""
+        return _cut(text, LONGEST_BLOCK) if self._by_line else iter([text])
+
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos."""
         first, *others = text.split(SPACE_MARK)
@@ -72,16 +77,22 @@ class SentencePieceModel:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of `text` with their ends; what is very long is cut, if it can be before a space."""
+    """The lines of `text` with their ends; what is very long is cut."""
     *ended, last = text.split("\n")
     for line in (*(line + "\n" for line in ended), last):
-        start = 0
-        while len(line) - start > LONGEST_LINE:
-            space = line.rfind(" ", start + 1, start + LONGEST_LINE)
-            end = space if space > 0 else start + LONGEST_LINE
-            yield line[start:end]
-            start = end
-        yield line[start:] if start else line
+        yield from _cut(line, LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> Iterator[str]:
+    """`text` in parts of at most `longest` characters that end with a line, or else before a space, if they can."""
+    start = 0
+    while len(text) - start > longest:
+        line_end = text.rfind("\n", start, start + longest) + 1
+        space = text.rfind(" ", start + 1, start + longest)
+        end = line_end if line_end > start else space if space > start else start + longest
+        yield text[start:end]
+        start = end
+    yield text[start:] if start else text
 
 
 class HuggingFaceModel:
@@ -114,6 +125,10 @@ class HuggingFaceModel:
         self.bos_id = self._find_bos(path, content, bos)
         if self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(f"{path} would lose text (such as {PROBE!r}); take a tokenizer that works on bytes")
+
+    def parts(self, text: str) -> Iterator[str]:
+        """`text`: where its pieces end is known to the library alone."""
+        yield text
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos."""

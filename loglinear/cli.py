@@ -161,6 +161,16 @@ def ops(out: Annotated[Path, typer.Option(help="Where the table and the plot go.
     bench_ops(out)
 
 
+@bench_app.command(name="data")
+def bench_data_command(
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-data"),
+) -> None:
+    """Speed of tokenising and of loading batches, beside datasets and mosaicml-streaming if that is installed."""
+    from loglinear.bench.data import bench_data
+
+    bench_data(out)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     try:

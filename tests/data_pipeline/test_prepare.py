@@ -135,10 +135,29 @@ def config_file(data: DataConfig) -> Path:
     return path
 
 
-def test_killed_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig, configure: Configure) -> None:
+def lose_some(folder: Path, rng: random.Random) -> None:
+    """Take away some of a folder, if it is complete, so that there is something to do again."""
+    if (folder / "index.json").exists():
+        (folder / "index.json").unlink()
+        for number in rng.sample(range(8), 6):
+            for name in (f"shard-{number:05d}.json", f"train-{number:05d}.bin"):
+                (folder / name).unlink()
+
+
+def test_killed_20_times_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig, configure: Configure) -> None:
     data = configure()
     file = config_file(data)
     rng = random.Random()
+    begin = time.monotonic()
+    assert start(file).wait() == 0
+    whole = time.monotonic() - begin
+    for _ in range(15):
+        lose_some(data.dir, rng)
+        process = start(file)
+        time.sleep(rng.uniform(0.3, 1) * whole)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    shutil.rmtree(data.dir)
     for shard in (None, 0, 2, 5, 7):
         process = start(file)
         if shard is not None:
