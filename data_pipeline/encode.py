@@ -23,6 +23,7 @@ from loglinear.errors import UserError
 
 CHUNK_CHARS = 1 << 19  # about 0.1 s of work
 CHUNK_ITEMS = 1024
+QUEUE = 4  # chunks a worker: bounds memory, and keeps all busy while a source lists its files
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def encode_stream(
         try:
             for chunk in _chunks(items):
                 pending.append(pool.submit(_encode_chunk, chunk))
-                if len(pending) > 2 * workers:  # bounds memory and keeps every worker busy
+                if len(pending) > QUEUE * workers:
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from loglinear.config import SourceConfig
 from loglinear.errors import UserError
 
 SHUFFLED_KINDS = frozenset({"folder", "stdlib"})  # their files come in an order that depends on the seed
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say it, UTF-8 cannot
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -175,4 +173,8 @@ def _documents(rows: Iterable[dict[str, Any]], field: str, origin: str) -> Itera
 def _item(text: str, name: str) -> Document | Skipped:
     if not text or text.isspace():
         return Skipped(name, "empty")
-    return Skipped(name, "half a surrogate pair") if SURROGATE.search(text) else Document(text, name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can say what UTF-8 cannot
+        return Skipped(name, "half a surrogate pair")
+    return Document(text, name)
