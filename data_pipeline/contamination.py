@@ -110,18 +110,21 @@ class _HeldOut:
         tokens = part.tokens("train", shard)
         hashes = _Hashes(tokens, self._words)
         starts, ends = bounds(tokens, self._tokenizer.bos_id)
-        for here, there in self._documents.find(hashes.of(starts + 1, ends)):
-            ours = self._tokens[self._starts[there] : self._ends[there]]
+        for here, group in self._documents.find(hashes.of(starts + 1, ends)):
+            there = self._documents.members(group)
+            ours = self._tokens[self._starts[there[0]] : self._ends[there[0]]]
             if np.array_equal(ours, tokens[starts[here] : ends[here]]):
                 self._copied[there] = True
+                self._documents.settle(group)
         grams = _gram_starts(tokens, self._tokenizer.bos_id)
-        for here, there in self._finder.find(hashes.of(grams, grams + GRAM)):
-            ours, theirs = self._grams[there], grams[here]
-            document = int(np.searchsorted(self._starts, ours, side="right")) - 1
-            same = np.array_equal(self._tokens[ours : ours + GRAM], tokens[theirs : theirs + GRAM])
-            if same and not self._shared[document]:
-                self._shared[document] = True
-                self._note(document, part, shard, tokens, int(theirs))
+        for here, group in self._finder.find(hashes.of(grams, grams + GRAM)):
+            ours, theirs = self._grams[self._finder.members(group)], int(grams[here])
+            if np.array_equal(self._tokens[ours[0] : ours[0] + GRAM], tokens[theirs : theirs + GRAM]):
+                documents = np.searchsorted(self._starts, ours, side="right") - 1
+                if not self._shared[documents[0]]:
+                    self._note(int(documents[0]), part, shard, tokens, theirs)
+                self._shared[documents] = True
+                self._finder.settle(group)
 
     def report(self) -> Report:
         """What was found."""
@@ -145,23 +148,35 @@ class _HeldOut:
 
 
 class _Finder:
-    """Which of some hashes equal one of those that are looked for."""
+    """Which of some hashes equal those that are looked for; equal ones of these are a group, by a number."""
 
     def __init__(self, wanted: np.ndarray) -> None:
-        self._order = np.argsort(wanted)
+        self._order = np.argsort(wanted, kind="stable")
         self._sorted = wanted[self._order]
+        self._settled = np.zeros(len(wanted), bool)
         bits = min(FILTER_BITS, max(8, (8 * len(wanted)).bit_length()))
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(1 << bits, bool)
         self._filter[wanted >> self._shift] = True
 
     def find(self, hashes: np.ndarray) -> list[tuple[int, int]]:
-        """Pairs of places, in `hashes` and among the wanted ones, with the same hash; all for each place."""
+        """A place in `hashes` for every group that is found there and not settled."""
         likely = np.flatnonzero(self._filter[hashes >> self._shift])
-        first = np.searchsorted(self._sorted, hashes[likely], side="left")
-        last = np.searchsorted(self._sorted, hashes[likely], side="right")
-        hits = np.flatnonzero(last > first)
-        return [(int(likely[hit]), int(self._order[place])) for hit in hits for place in range(first[hit], last[hit])]
+        groups = np.searchsorted(self._sorted, hashes[likely], side="left")
+        known = groups < len(self._sorted)
+        likely, groups = likely[known], groups[known]
+        hits = (self._sorted[groups] == hashes[likely]) & ~self._settled[groups]
+        found, first = np.unique(groups[hits], return_index=True)
+        return list(zip(likely[hits][first].tolist(), found.tolist(), strict=True))
+
+    def members(self, group: int) -> np.ndarray:
+        """The places among the wanted hashes of a group."""
+        end = np.searchsorted(self._sorted, self._sorted[group], side="right")
+        return self._order[group:end]
+
+    def settle(self, group: int) -> None:
+        """Look for a group no more."""
+        self._settled[group] = True
 
 
 def _gram_starts(tokens: np.ndarray, bos_id: int) -> np.ndarray:
