@@ -78,11 +78,11 @@ def _names(root: Path, pattern: str, without: frozenset[str]) -> list[str]:
     """The paths of the files, relative to `root`."""
     if not root.is_dir():
         raise UserError(f"data.sources: there is no folder {root}; correct the path")
-    try:
-        files = [path.relative_to(root) for path in root.glob(pattern) if path.is_file()]
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"data.sources: pattern {pattern!r} is no glob below {root} ({error})") from None
-    names = [path.as_posix() for path in files if without.isdisjoint(path.parts)]
+    if os.path.isabs(pattern):
+        raise UserError(f"data.sources: pattern {pattern!r} is no glob below {root}; leave out what is above it")
+    found = glob.iglob(pattern, root_dir=root, recursive=True, include_hidden=True)
+    inside = (name for name in found if without.isdisjoint(name.split(os.sep)))
+    names = [name for name in inside if os.path.isfile(os.path.join(root, name))]
     if not names:
         raise UserError(f"data.sources: no file below {root} matches {pattern!r}; correct path or pattern")
     return names
