@@ -54,7 +54,7 @@ def encode_stream(
         pending: deque[Future[list[Encoded | Skipped]]] = deque()
         try:
             for chunk in _chunks(items):
-                pending.append(pool.submit(_encode_chunk, chunk))
+                pending.append(_submit(pool, chunk))
                 if len(pending) > QUEUE * workers:
                     yield from pending.popleft().result()
             while pending:
@@ -66,6 +66,16 @@ def encode_stream(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _submit(pool: ProcessPoolExecutor, chunk: list[Document | Skipped]) -> Future[list[Encoded | Skipped]]:
+    """Let a worker encode `chunk`; what holds no document is done already."""
+    skipped: list[Encoded | Skipped] = [item for item in chunk if isinstance(item, Skipped)]
+    if len(skipped) < len(chunk):
+        return pool.submit(_encode_chunk, chunk)
+    done: Future[list[Encoded | Skipped]] = Future()
+    done.set_result(skipped)
+    return done
 
 
 def _chunks(items: Iterable[Document | Skipped]) -> Iterator[list[Document | Skipped]]:
