@@ -81,7 +81,7 @@ def _names(root: Path, pattern: str, without: frozenset[str]) -> list[str]:
     if os.path.isabs(pattern):
         raise UserError(f"data.sources: pattern {pattern!r} is no glob below {root}; leave out what is above it")
     found = glob.iglob(pattern, root_dir=root, recursive=True, include_hidden=True)
-    inside = (name for name in found if without.isdisjoint(name.split(os.sep)))
+    inside = {name for name in found if without.isdisjoint(name.split(os.sep))}  # `**` may find a name twice
     names = [name for name in inside if os.path.isfile(os.path.join(root, name))]
     if not names:
         raise UserError(f"data.sources: no file below {root} matches {pattern!r}; correct path or pattern")
