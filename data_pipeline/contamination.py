@@ -99,7 +99,7 @@ class _HeldOut:
         self._starts, self._ends = bounds(self._tokens, tokenizer.bos_id)
         hashes = _Hashes(self._tokens, self._words)
         self._documents = _Finder(hashes.of(self._starts + 1, self._ends))
-        self._grams = _gram_starts(self._tokens, tokenizer.bos_id)
+        self._grams = gram_starts(self._tokens, tokenizer.bos_id)
         self._finder = _Finder(hashes.of(self._grams, self._grams + GRAM))
         self._copied = np.zeros(len(self._starts), bool)
         self._shared = np.zeros(len(self._starts), bool)
@@ -116,7 +116,7 @@ class _HeldOut:
             if np.array_equal(ours, tokens[starts[here] : ends[here]]):
                 self._copied[there] = True
                 self._documents.settle(group)
-        grams = _gram_starts(tokens, self._tokenizer.bos_id)
+        grams = gram_starts(tokens, self._tokenizer.bos_id)
         for here, group in self._finder.find(hashes.of(grams, grams + GRAM)):
             ours, theirs = self._grams[self._finder.members(group)], int(grams[here])
             if np.array_equal(self._tokens[ours[0] : ours[0] + GRAM], tokens[theirs : theirs + GRAM]):
@@ -179,7 +179,7 @@ class _Finder:
         self._settled[group] = True
 
 
-def _gram_starts(tokens: np.ndarray, bos_id: int) -> np.ndarray:
+def gram_starts(tokens: np.ndarray, bos_id: int) -> np.ndarray:
     """Where `GRAM` tokens of one document begin."""
     if len(tokens) < GRAM:
         return np.empty(0, np.int64)

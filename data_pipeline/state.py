@@ -15,7 +15,7 @@ NAMES = {
     "contiguous": "data.contiguous",
     "best_fit": "data.best_fit",
     "tokenizer_sha256": "the tokenizer's SHA-256",
-    "mixture": "what was mixed so far (data.sources, their sizes, data.curriculum), as a fingerprint",
+    "mixture": "the mixture so far (a fingerprint of data.sources, their sizes and data.curriculum)",
 }
 
 

@@ -51,7 +51,7 @@ class SentencePieceModel:
 
     def parts(self, text: str) -> Iterator[str]:
         """`text` in parts that can be encoded one after the other."""
-        return _cut(text, LONGEST_BLOCK) if self._by_line else iter([text])
+        return cut(text, LONGEST_BLOCK) if self._by_line else iter([text])
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos."""
@@ -80,10 +80,10 @@ def _lines(text: str) -> Iterator[str]:
     """The lines of `text` with their ends; what is very long is cut."""
     *ended, last = text.split("\n")
     for line in (*(line + "\n" for line in ended), last):
-        yield from _cut(line, LONGEST_LINE)
+        yield from cut(line, LONGEST_LINE)
 
 
-def _cut(text: str, longest: int) -> Iterator[str]:
+def cut(text: str, longest: int) -> Iterator[str]:
     """`text` in parts of at most `longest` characters that end with a line, or else before a space, if they can."""
     start = 0
     while len(text) - start > longest:

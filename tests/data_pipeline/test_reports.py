@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from data_pipeline.contamination import GRAM, check_contamination
+from data_pipeline.contamination import GRAM, check_contamination, gram_starts
 from data_pipeline.encode import is_held_out
 from data_pipeline.inspection import histogram, inspect
 from data_pipeline.manifest import read_index
@@ -178,6 +178,14 @@ def test_contamination_is_what_a_set_of_all_windows_says(overlapping: tuple[Data
     assert report.held_out_documents == documents
     assert report.contaminated_documents == contaminated == 1
     assert report.copied_documents == 0
+
+
+def test_a_gram_lies_within_a_document() -> None:
+    tokens = np.full(400, 7)
+    tokens[[0, 30, 80, 81, 131, 240, 395]] = 1
+    wanted = [i for i in range(400 - GRAM + 1) if 1 not in tokens[i : i + GRAM]]
+    assert gram_starts(tokens, 1).tolist() == wanted
+    assert len(gram_starts(tokens[:20], 1)) == 0
 
 
 def test_the_report_shows_the_passage(overlapping: tuple[DataConfig, list[str]], tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_later_stages_may_change_and_earlier_ones_may_not(mixed: DataConfig) -> 
     later = data.model_copy(update={"curriculum": (first, second, third.model_copy(update={"from_step": 7}))})
     saved.require_same_order(loader(later).state(5))
     earlier = data.model_copy(update={"curriculum": (first, second.model_copy(update={"from_step": 3}), third)})
-    with pytest.raises(UserError, match="what was mixed so far"):
+    with pytest.raises(UserError, match="trained with the mixture so far"):
         saved.require_same_order(loader(earlier).state(5))
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data_pipeline.tokenizer_models import cut
 from loglinear.config import DataConfig, TokenizerConfig
 from loglinear.errors import UserError
 
@@ -52,6 +53,12 @@ def test_long_lines_are_cut_without_a_trace(tokenizer: Tokenizer, text: str) -> 
         once = tokenizer.encode("word " * 100)
         assert tokens[: len(once) - 9] == once[:-9]
         assert tokenizer.pieces(tokens).count("▁") == tokenizer.pieces(once).count("▁") * 1000
+
+
+def test_cuts_are_at_lines_or_before_spaces_where_they_can_be() -> None:
+    assert list(cut("ab\ncd ef gh", 6)) == ["ab\n", "cd ef", " gh"]
+    assert list(cut("abcdefgh", 3)) == ["abc", "def", "gh"]
+    assert list(cut("", 3)) == [""]
 
 
 @pytest.fixture(scope="module")
