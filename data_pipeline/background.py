@@ -12,7 +12,8 @@ from collections.abc import Callable
 from data_pipeline.lock import is_preparing, preparation_ended
 from data_pipeline.manifest import LOG_FILE, read_preparation
 from data_pipeline.prepare import make_folder
-from data_pipeline.prepared import complete_index, open_tokenizer
+from data_pipeline.prepared import is_complete, open_tokenizer
+from data_pipeline.rows import Rows
 from data_pipeline.shards import POLL_SECONDS, ShardReader
 from loglinear.config import Config, DataConfig
 
@@ -31,7 +32,7 @@ def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
     """
     folder = config.data.dir
     make_folder(folder)
-    if complete_index(config.data, config.model.vocab_size) or is_preparing(folder):
+    if is_complete(config.data, config.model.vocab_size) or is_preparing(folder):
         return None
     config_file = folder / CONFIG_FILE
     config_file.write_text(config.to_yaml(), encoding="utf-8")
@@ -50,19 +51,29 @@ def wait_until_ready(
 ) -> None:
     """Return once the tokenizer and the first `samples` training samples are prepared, or all that there are.
 
+    Of a mixture everything must be: where a source runs out, and others take its place, is known only then.
+
     `process` is what `start_preparation` returned. The other ranks may look at `data.dir` only after this has
     returned on the rank that started it: before that, the preparation may not have taken its lock.
 
     Raises:
         UserError: the preparation failed; its last words are quoted.
     """
-    while read_preparation(data.dir) is None:
+    _wait(lambda: read_preparation(data.dir) is not None, data, process)
+    if data.is_mixture:
+        _wait(lambda: is_complete(data, vocab_size), data, process)
+        return
+    tokenizer = open_tokenizer(data, vocab_size)
+    Rows(ShardReader(data.dir, "train", tokenizer.sha256), seq_len, data.best_fit).wait_for(samples)
+
+
+def _wait(done: Callable[[], bool], data: DataConfig, process: subprocess.Popen[bytes] | None) -> None:
+    """Return once `done`; what it asks for is looked up after the question whether the preparation lives."""
+    while not done():
         alive = process.poll() is None if process else is_preparing(data.dir)
-        if not alive and read_preparation(data.dir) is None:
+        if not alive and not done():
             raise preparation_ended(data.dir)
         time.sleep(POLL_SECONDS)
-    tokenizer = open_tokenizer(data, vocab_size)
-    ShardReader(data.dir, "train", tokenizer.sha256).wait_for(samples * seq_len + 1)
 
 
 def _end_with_parent() -> Callable[[], None] | None:

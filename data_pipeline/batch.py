@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,21 +31,31 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def make_batch(samples: list[np.ndarray], seq_len: int, bos_id: int, padding: int) -> Batch:
-    """A batch of `samples`, each of at most seq_len + 1 tokens; shorter ones are filled with `padding`."""
-    inputs_bt = np.full((len(samples), seq_len), padding, np.int64)
-    labels_bt = np.full((len(samples), seq_len), IGNORED, np.int64)
-    for row, tokens in enumerate(samples):
-        inputs_bt[row, : len(tokens)] = tokens[:seq_len]
-        labels_bt[row, : max(len(tokens) - 1, 0)] = tokens[1:]
+def make_batch(samples: Sequence[np.ndarray], seq_len: int, bos_id: int, contexts: Sequence[int]) -> Batch:
+    """Inputs and labels of `samples`, each of at most `seq_len` + 1 tokens.
+
+    Shorter samples are filled up with bos, and so are packed ones already. As every document has a token after
+    its bos, a bos before another one is filling, and has no label. A sequence starts at a document's bos, where
+    filling starts, and after each `contexts[i]` tokens of sample i, which divide `seq_len`.
+    """
+    tokens_bt = np.full((len(samples), seq_len + 1), bos_id, samples[0].dtype)
+    for row_t, sample_t in zip(tokens_bt, samples, strict=True):
+        row_t[: len(sample_t)] = sample_t
+    is_bos_bt = tokens_bt == bos_id
+    labels_bt = tokens_bt[:, 1:].astype(np.int64)
+    labels_bt[is_bos_bt[:, :-1] & is_bos_bt[:, 1:]] = IGNORED
+    for label_t, sample_t in zip(labels_bt, samples, strict=True):
+        label_t[max(len(sample_t) - 1, 0) :] = IGNORED  # the label of a last token is not known
     return Batch(
-        torch.from_numpy(inputs_bt),
+        torch.from_numpy(tokens_bt[:, :-1].astype(np.int64)),
         torch.from_numpy(labels_bt),
-        torch.from_numpy(_cu_seqlens(inputs_bt, bos_id)),
+        torch.from_numpy(_cu_seqlens(is_bos_bt, contexts)),
     )
 
 
-def _cu_seqlens(inputs_bt: np.ndarray, bos_id: int) -> np.ndarray:
-    starts_bt = inputs_bt == bos_id
-    starts_bt[:, 0] = True
-    return np.append(np.flatnonzero(starts_bt), inputs_bt.size).astype(np.int32)
+def _cu_seqlens(is_bos_bt: np.ndarray, contexts: Sequence[int]) -> np.ndarray:
+    starts_bt = is_bos_bt[:, :-1].copy()
+    starts_bt[:, 1:] &= ~is_bos_bt[:, :-2]
+    for starts_t, context in zip(starts_bt, contexts, strict=True):
+        starts_t[::context] = True
+    return np.append(np.flatnonzero(starts_bt), starts_bt.size).astype(np.int32)

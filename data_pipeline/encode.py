@@ -18,10 +18,12 @@ import numpy as np
 
 from data_pipeline.sources import Document, Skipped
 from data_pipeline.tokenizer import Tokenizer
+from loglinear.config import DataConfig
 from loglinear.errors import UserError
 
 CHUNK_CHARS = 1 << 19  # about 0.1 s of work
 CHUNK_ITEMS = 1024
+QUEUE = 4  # chunks a worker: bounds memory, and keeps all busy while a source lists its files
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,20 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def encode_stream(
-    items: Iterable[Document | Skipped], tokenizer: Path, held_out: float, workers: int
+    items: Iterable[Document | Skipped], data: DataConfig, tokenizer: Path
 ) -> Generator[Encoded | Skipped, None, None]:
-    """`items` with every document tokenised by one of `workers` processes.
+    """`items` with every document tokenised by one of `data.prepare_workers` processes.
 
     Raises:
         UserError: a worker was killed.
     """
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, held_out)) as pool:
+    workers, start = data.prepare_workers, (tokenizer, data.tokenizer.bos, data.held_out)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
         pending: deque[Future[list[Encoded | Skipped]]] = deque()
         try:
             for chunk in _chunks(items):
-                pending.append(pool.submit(_encode_chunk, chunk))
-                if len(pending) > 2 * workers:  # bounds memory and keeps every worker busy
+                pending.append(_submit(pool, chunk))
+                if len(pending) > QUEUE * workers:
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()
@@ -63,6 +66,16 @@ def encode_stream(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _submit(pool: ProcessPoolExecutor, chunk: list[Document | Skipped]) -> Future[list[Encoded | Skipped]]:
+    """Let a worker encode `chunk`; what holds no document is done already."""
+    skipped: list[Encoded | Skipped] = [item for item in chunk if isinstance(item, Skipped)]
+    if len(skipped) < len(chunk):
+        return pool.submit(_encode_chunk, chunk)
+    done: Future[list[Encoded | Skipped]] = Future()
+    done.set_result(skipped)
+    return done
 
 
 def _chunks(items: Iterable[Document | Skipped]) -> Iterator[list[Document | Skipped]]:
@@ -91,11 +104,12 @@ class _Worker:
 _worker: _Worker  # one a worker process
 
 
-def _start_worker(tokenizer: Path, held_out: float) -> None:
+def _start_worker(tokenizer: Path, bos: str | None, held_out: float) -> None:
     global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(Tokenizer(tokenizer), held_out)
+    _worker = _Worker(Tokenizer(tokenizer, bos), held_out)
 
 
 def _end_with_parent() -> None:

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.batch import Batch, make_batch
-from data_pipeline.order import SampleOrder
 from data_pipeline.prepared import open_tokenizer
-from data_pipeline.shards import ShardReader
 from data_pipeline.state import DataState
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.stream import SampleStream
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
 
@@ -25,7 +22,7 @@ class TrainLoader:
 
     Step s takes the `global_batch` samples from `start_sample + s global_batch` on; a rank takes one
     contiguous part of them in micro-batches. So a step's samples are the same for every number of ranks and
-    of workers. Batches wait for a preparation that is still under way.
+    of workers. Batches wait for a preparation that is still under way, except those of a mixture.
 
     Attributes:
         micro_batches_per_step: how many batches of this rank make a step.
@@ -58,13 +55,24 @@ class TrainLoader:
         Raises:
             UserError: nothing is prepared, other settings were, or the batches do not divide evenly.
         """
+        if data.best_fit not in (None, seq_len):
+            raise UserError(f"data.best_fit ({data.best_fit}) must equal the sample's length ({seq_len})")
         self._data = data
         self._seq_len = seq_len
         self._share = _Share(start_sample, global_batch, micro_batch, rank, world_size)
         self.micro_batches_per_step = self._share.micro_batches
         tokenizer = open_tokenizer(data, vocab_size)
         self._tokenizer_sha256 = tokenizer.sha256
-        self._batches = _MicroBatches(data, tokenizer, seq_len, self._share)
+        self._stream = SampleStream(data, tokenizer, seq_len, global_batch)
+        self._batches = _MicroBatches(self._stream, seq_len, tokenizer.bos_id, self._share)
+
+    def require(self, steps: int) -> None:
+        """Check that the data suffice for `steps` steps of this loader.
+
+        Raises:
+            UserError: every source reaches its max_epochs before.
+        """
+        self._stream.require(self._share.start_sample + steps * self._share.global_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         """The micro-batches from `start_sample` on.
@@ -87,12 +95,16 @@ class TrainLoader:
 
     def state(self, steps: int) -> DataState:
         """The state after `steps` steps of this loader."""
+        samples = self._share.start_sample + steps * self._share.global_batch
         return DataState(
-            samples=self._share.start_sample + steps * self._share.global_batch,
+            samples=samples,
             seed=self._data.seed,
             seq_len=self._seq_len,
             shuffle_window=self._data.shuffle_window,
+            contiguous=self._data.contiguous,
+            best_fit=self._data.best_fit,
             tokenizer_sha256=self._tokenizer_sha256,
+            mixture=self._stream.fingerprint(samples),
         )
 
 
@@ -132,29 +144,14 @@ class _Share:
 class _MicroBatches(Dataset):
     """Micro-batch i of a rank, for any i; what the loader's workers run."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, seq_len: int, share: _Share) -> None:
-        self._reader = ShardReader(data.dir, "train", tokenizer.sha256)
-        self._order = SampleOrder(data.seed, data.shuffle_window)
-        self._ids = (tokenizer.bos_id, tokenizer.unk_id)
-        self._seq_len = seq_len
-        self._share = share
+    def __init__(self, stream: SampleStream, seq_len: int, bos_id: int, share: _Share) -> None:
+        self._stream, self._seq_len, self._bos_id, self._share = stream, seq_len, bos_id, share
 
     def __getitem__(self, index: int) -> Batch | UserError:
         """The batch, or a user's mistake: raised in a worker, it would arrive with a stack trace in it."""
+        numbers = self._share.numbers(index)
         try:
-            samples = [self._sample(number) for number in self._share.numbers(index)]
+            samples = [self._stream.sample(number) for number in numbers]
         except UserError as error:
             return error
-        return make_batch(samples, self._seq_len, *self._ids)
-
-    def _sample(self, number: int) -> np.ndarray:
-        """The tokens (seq_len + 1,) of a training sample, as soon as its place in the stream is known."""
-        self._reader.wait_for(self._order.needed(number) * self._seq_len + 1)
-        total = (self._reader.tokens - 1) // self._seq_len
-        if total < 1:
-            raise UserError(
-                f"the prepared data hold {self._reader.tokens} tokens to train on, less than one sample of"
-                f" model.seq_len + 1 = {self._seq_len + 1}; add documents, or set model.seq_len lower"
-            )
-        start = self._order.locate(number, total) * self._seq_len
-        return self._reader.read(start, start + self._seq_len + 1)
+        return make_batch(samples, self._seq_len, self._bos_id, [self._stream.context(number) for number in numbers])

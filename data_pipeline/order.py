@@ -1,25 +1,26 @@
-"""The order of training samples: a pure function of the seed and of a sample's number.
+"""The order of samples within a source: a pure function of the seed and of a sample's number.
 
-Sample i of the stream is its tokens [i T, i T + T], T + 1 of them for a sequence length of T; neighbours
-share one token, so that every token but the very first is a label once. The stream is cut into windows of
-`window` samples, and samples are shuffled inside their window. In the first pass (epoch 0) the windows come
-in stream order, so training may begin while later shards are still being made, and sees the same order as if
-it had waited; that is why the files of a folder are shuffled before (see `iterate_documents`). In later
-passes the full windows are shuffled too.
+The stream of a source is cut into windows of `window` samples, and samples are shuffled inside their window. In
+the first pass (epoch 0) the windows come in stream order, so training may begin while later shards are still
+being made, and sees the same order as if it had waited; that is why the files of a folder are shuffled before
+(see `iterate_documents`). In later passes the full windows are shuffled too.
+
+Every shuffle is computed, place by place, and none is stored: any sample is found in constant time and memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 
-import numpy as np
+ROUNDS = 6  # of the Feistel network; from four on it is a pseudorandom permutation if its rounds are functions so
+MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which of the stream's samples is trained on when, for endless passes over it."""
+    """Which of a stream's samples is trained on when, for endless passes over it."""
 
     seed: int
     window: int
@@ -38,17 +39,41 @@ class SampleOrder:
         window, offset = divmod(place, self.window)
         full_windows = total // self.window
         if epoch and window < full_windows:  # a shorter last window stays last
-            window = int(_permutation(f"{self.seed} {epoch}", full_windows)[window])
+            window = shuffled(window, full_windows, f"{self.seed} {epoch}")
         size = min(self.window, total - window * self.window)
-        return window * self.window + int(_permutation(f"{self.seed} {epoch} {window}", size)[offset])
+        return window * self.window + shuffled(offset, size, f"{self.seed} {epoch} {window}")
 
 
-@lru_cache(maxsize=16)
-def _permutation(key: str, size: int) -> np.ndarray:
-    """The permutation (size,) that belongs to `key`.
+def shuffled(place: int, size: int, key: str) -> int:
+    """Where `place` goes in the permutation of range(size) that belongs to `key`.
 
-    It comes from raw Philox words, which are the same in all versions of NumPy; its own shuffles are not.
+    A Feistel network permutes the numbers of an even count of bits; one that falls outside of range(size) is
+    permuted again until it falls inside, which takes four turns at most on average.
     """
-    seed = int.from_bytes(blake2b(key.encode(), digest_size=16).digest(), "big")
-    words = np.random.Philox(key=seed).random_raw(size)
-    return np.argsort(words, kind="stable")
+    half = ((size - 1).bit_length() + 1) // 2
+    keys = list(_round_keys(key))
+    while True:
+        place = _feistel(place, half, keys)
+        if place < size:
+            return place
+
+
+def _round_keys(key: str) -> Iterator[int]:
+    digest = blake2b(key.encode(), digest_size=8 * ROUNDS).digest()
+    return (int.from_bytes(digest[i : i + 8], "big") for i in range(0, len(digest), 8))
+
+
+def _feistel(place: int, half: int, keys: list[int]) -> int:
+    """A bijection of the numbers of 2 `half` bits."""
+    low_bits = (1 << half) - 1
+    left, right = place >> half, place & low_bits
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & low_bits)
+    return left << half | right
+
+
+def _mix(word: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every bit of 64 depends on every other."""
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & MASK
+    return word ^ word >> 31

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -14,10 +15,14 @@ from data_pipeline.manifest import (
     INDEX_FILE,
     PREPARATION_FILE,
     Index,
+    Packing,
     Preparation,
     Shard,
     Skips,
+    Split,
+    Table,
     Totals,
+    parts,
     read_preparation,
     read_shard,
     settings_of,
@@ -25,10 +30,10 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.prepared import complete_index, open_tokenizer
 from data_pipeline.progress import Progress, Tally
-from data_pipeline.shards import Contents, is_whole, open_tokens, write_shard
+from data_pipeline.shards import Contents, Layout, is_whole, open_tokens, write_shard
 from data_pipeline.sources import Document, Skipped, iterate_documents
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from loglinear.config import DataConfig
+from loglinear.config import DataConfig, SourceConfig
 from loglinear.errors import UserError
 
 
@@ -47,15 +52,28 @@ def prepare(data: DataConfig, vocab_size: int, progress: Progress = lambda tally
     make_folder(data.dir)
     with preparation_lock(data.dir):
         index = complete_index(data, vocab_size)
-        if index is not None:
+        if index is not None and _all_whole(data.dir, index):
             return index
-        for leftover in data.dir.glob("*.tmp"):
-            leftover.unlink()
         tally = Tally()
-        preparation = _begin(data, vocab_size, tally, progress)
-        open_tokenizer(data, vocab_size)  # or say what is wrong with it, before workers start
-        shards = _make_shards(data, preparation, tally, progress)
-        return _finish(data.dir, preparation, shards)
+        preparation, layout = _begin(data, vocab_size, tally, progress)
+        shards = _make_shards(data, preparation, layout, tally, progress)
+        return _finish(data.dir, preparation, layout, shards)
+
+
+def prepare_all(data: DataConfig, vocab_size: int, progress: Progress = lambda tally: None) -> dict[str, Index]:
+    """Prepare `data`, be it a mixture or not: the indices of its parts by name (see `manifest.parts`).
+
+    A mixture's tokenizer is trained on all its sources, each by its weight; they are prepared one after the other.
+
+    Raises:
+        UserError: as for `prepare`.
+    """
+    if not data.is_mixture:
+        return {"": prepare(data, vocab_size, progress)}
+    make_folder(data.dir)
+    with preparation_lock(data.dir):
+        _begin(data, vocab_size, Tally(), progress)
+        return {name: prepare(part, vocab_size, progress) for name, part in parts(data).items()}
 
 
 def make_folder(folder: Path) -> None:
@@ -70,8 +88,10 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"data.dir: cannot make {folder} ({error.strerror}); set another data.dir") from None
 
 
-def _begin(data: DataConfig, vocab_size: int, tally: Tally, progress: Progress) -> Preparation:
+def _begin(data: DataConfig, vocab_size: int, tally: Tally, progress: Progress) -> tuple[Preparation, Layout]:
     """What the folder is prepared from: as found, or else with a tokenizer and recorded now."""
+    for leftover in data.dir.glob("*.tmp"):
+        leftover.unlink()
     preparation = read_preparation(data.dir)
     if preparation is not None:
         preparation.check(data, vocab_size)
@@ -82,19 +102,30 @@ def _begin(data: DataConfig, vocab_size: int, tally: Tally, progress: Progress) 
         train_tokenizer(_training_texts(data), vocab_size, path)
     if preparation is None:
         _forget_shards(data.dir)
-        preparation = _describe(data, vocab_size, load_tokenizer(path, vocab_size))
+        preparation = _describe(data, vocab_size, load_tokenizer(path, vocab_size, data.tokenizer.bos))
         preparation.save(data.dir / PREPARATION_FILE)
-    return preparation
+    tokenizer = open_tokenizer(data, vocab_size)  # or say what is wrong with it, before workers start
+    return preparation, Layout(data.best_fit, tokenizer.bos_id)
 
 
 def _training_texts(data: DataConfig) -> Iterator[str]:
-    """The first documents to train on, `train_bytes` of UTF-8 in all and at least one."""
+    """The first documents to train on, `train_bytes` of UTF-8 in all; in a mixture each source gives its share."""
+    if not data.is_mixture:
+        yield from _first_texts(data, data.sources, data.tokenizer.train_bytes)
+        return
+    total = sum(source.weight or 0 for source in data.sources)
+    for source in data.sources:
+        yield from _first_texts(data, [source], data.tokenizer.train_bytes * (source.weight or 0) / total)
+
+
+def _first_texts(data: DataConfig, sources: Sequence[SourceConfig], train_bytes: float) -> Iterator[str]:
+    """The first documents of `sources` that are not held out, until they have `train_bytes`; at least one."""
     size = 0
-    for item in iterate_documents(data.sources, data.seed):
+    for item in iterate_documents(sources, data.seed):
         if isinstance(item, Document) and not is_held_out(item.text, data.held_out):
             yield item.text
             size += len(item.text.encode())
-            if size >= data.tokenizer.train_bytes:
+            if size >= train_bytes:
                 return
 
 
@@ -127,9 +158,7 @@ class _Stream:
         if item != self._position:
             self.close()
             documents = iterate_documents(self._data.sources, self._data.seed, skip=item)
-            encoded = encode_stream(
-                documents, tokenizer_path(self._data), self._data.held_out, self._data.prepare_workers
-            )
+            encoded = encode_stream(documents, self._data, tokenizer_path(self._data))
             self._items = self._opened.enter_context(closing(encoded))
             self._position = item
 
@@ -143,7 +172,9 @@ class _Stream:
         self._opened.close()
 
 
-def _make_shards(data: DataConfig, preparation: Preparation, tally: Tally, progress: Progress) -> list[Shard]:
+def _make_shards(
+    data: DataConfig, preparation: Preparation, layout: Layout, tally: Tally, progress: Progress
+) -> list[Shard]:
     """All shards in order; those that are whole are kept, the others are made."""
     shards: list[Shard] = []
     first_item = 0
@@ -156,7 +187,7 @@ def _make_shards(data: DataConfig, preparation: Preparation, tally: Tally, progr
                 contents = _take(stream, data.shard_tokens, tally, progress)
                 if contents.items == 0:
                     return shards
-                shard = write_shard(data.dir, len(shards), first_item, contents, preparation)
+                shard = write_shard(data.dir, len(shards), first_item, contents, preparation, layout)
             shards.append(shard)
             first_item = shard.end_item
 
@@ -164,11 +195,22 @@ def _make_shards(data: DataConfig, preparation: Preparation, tally: Tally, progr
 def _kept(folder: Path, number: int, first_item: int, tally: Tally) -> Shard | None:
     """A shard of an earlier run, if it is whole."""
     shard = read_shard(folder, number)
-    if shard is None or shard.first_item != first_item or not is_whole(folder, shard):
+    if shard is None or shard.first_item != first_item:
+        return None
+    if not all(is_whole(folder, file, shard.dtype) for file in (shard.train, shard.held_out)):
         return None
     both = shard.train + shard.held_out
     tally.count(both.documents, both.text_bytes, both.tokens)
     return shard
+
+
+def _all_whole(folder: Path, index: Index) -> bool:
+    """Whether every token file has its size; their checksums are for `open_tokens`."""
+    return all(
+        is_whole(folder, index.file(split, number), index.dtype)
+        for number in range(index.shards)
+        for split in get_args(Split)
+    )
 
 
 def _take(stream: _Stream, shard_tokens: int, tally: Tally, progress: Progress) -> Contents:
@@ -184,7 +226,7 @@ def _take(stream: _Stream, shard_tokens: int, tally: Tally, progress: Progress) 
     return contents
 
 
-def _finish(folder: Path, preparation: Preparation, shards: list[Shard]) -> Index:
+def _finish(folder: Path, preparation: Preparation, layout: Layout, shards: list[Shard]) -> Index:
     """Verify every file, sum up, and write the index."""
     counts = np.zeros(preparation.vocab_size, np.int64)
     skipped: dict[str, Skips] = {}
@@ -193,15 +235,19 @@ def _finish(folder: Path, preparation: Preparation, shards: list[Shard]) -> Inde
         counts += np.bincount(open_tokens(folder, shard.train, shard.dtype), minlength=len(counts))
         for reason, skips in shard.skipped.items():
             skipped[reason] = skipped.get(reason, Skips()) + skips
+    packing = sum((shard.packing for shard in shards), Packing())
+    counts[layout.bos_id] -= packing.padding
     if not counts.any():
         raise UserError("data.sources: they hold no text to train on; add a source with text")
     index = Index(
         **dict(preparation),
         train=sum((shard.train for shard in shards), Totals()),
         held_out=sum((shard.held_out for shard in shards), Totals()),
+        packing=packing,
         unigram_entropy=_entropy(counts),
         skipped=skipped,
-        shards=tuple(shards),
+        train_files=Table.of([shard.train for shard in shards]),
+        held_out_files=Table.of([shard.held_out for shard in shards]),
     )
     index.save(folder / INDEX_FILE)
     return index

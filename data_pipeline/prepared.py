@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from data_pipeline.files import PREPARE_COMMAND
-from data_pipeline.manifest import Index, read_index, read_preparation, tokenizer_path
-from data_pipeline.shards import is_whole
+from data_pipeline.manifest import Index, parts, read_index, read_preparation, tokenizer_path
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
 
 
 def complete_index(data: DataConfig, vocab_size: int) -> Index | None:
-    """The index of `data.dir` if its preparation is complete and every file has its size, else None.
+    """The index of `data.dir`, no mixture's, if its preparation is complete, else None.
+
+    No token file is looked at, so that this takes as long for many shards as for few: one that is missing or
+    damaged is named when it is opened, and made again by a preparation.
 
     Raises:
         UserError: it was prepared with other settings than `data` and a model of `vocab_size` ask for.
     """
     index = read_index(data.dir)
-    if index is None:
-        return None
-    index.check(data, vocab_size)
-    return index if all(is_whole(data.dir, shard) for shard in index.shards) else None
+    return None if index is None else index.check(data, vocab_size)
+
+
+def is_complete(data: DataConfig, vocab_size: int) -> bool:
+    """Whether all of `data`, be it a mixture or not, is prepared.
+
+    Raises:
+        UserError: as for `complete_index`.
+    """
+    return all(complete_index(part, vocab_size) is not None for part in parts(data).values())
 
 
 def open_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that the shards in `data.dir` are made with; there as soon as the first of them is.
+    """The tokenizer that `data` is prepared with; there as soon as the first shard is.
 
     Raises:
         UserError: the preparation has not begun, has other settings, or used another tokenizer.
@@ -34,7 +42,7 @@ def open_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
         raise UserError(f"{data.dir} holds no prepared data: run `{PREPARE_COMMAND}`")
     preparation.check(data, vocab_size)
     path = tokenizer_path(data)
-    tokenizer = load_tokenizer(path, vocab_size)
+    tokenizer = load_tokenizer(path, vocab_size, data.tokenizer.bos)
     if tokenizer.sha256 != preparation.tokenizer_sha256:
         raise UserError(
             f"{path} is not the tokenizer that {data.dir} was prepared with: its SHA-256 is"

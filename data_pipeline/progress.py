@@ -8,9 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from data_pipeline.contamination import Report
 from data_pipeline.manifest import Index
 
 LINE_SECONDS = 10.0
@@ -50,15 +58,42 @@ def console_progress(console: Console | None = None) -> Iterator[Progress]:
         yield lambda tally: bar.update(task, description=describe(tally))
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on the standard error, which is told how many things are done, and how many there are."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def describe_contamination(report: Report) -> str:
+    """A report in a few lines."""
+    lines = [
+        f"{report.contaminated_documents:,} of {report.held_out_documents:,} held-out documents share {report.gram}"
+        f" tokens in a row with training data; {report.copied_documents:,} are there as a whole"
+    ]
+    for example in report.examples[:SHOWN_NAMES]:
+        text = " ".join(str(example["text"]).split())
+        lines.append(f"  held-out document {example['held_out_document']} in {example['train_file']}: {text}")
+    return "\n".join(lines)
+
+
 def summary(index: Index) -> str:
     """A complete preparation in a few lines."""
     train, held_out = index.train, index.held_out
     lines = [
         f"{train.documents:,} documents ({train.text_bytes / 1e6:,.1f} MB, {train.tokens:,} tokens)"
         f" to train on, {held_out.documents:,} ({held_out.tokens:,} tokens) held out,"
-        f" in {len(index.shards):,} shards",
+        f" in {index.shards:,} shards",
         f"{index.vocab_size:,} pieces, unigram entropy {index.unigram_entropy:.3f} nats a token",
     ]
+    if index.packing.cut_concatenated:
+        packing = index.packing
+        lines.append(
+            f"best fit: {packing.cut:,} documents cut, where concatenation would cut {packing.cut_concatenated:,};"
+            f" filling is {packing.padding / train.tokens:.2%} of the tokens"
+        )
     for reason, skips in sorted(index.skipped.items()):
         names = ", ".join(skips.first[:SHOWN_NAMES]) + (", ..." if skips.count > SHOWN_NAMES else "")
         lines.append(f"left out {skips.count:,} ({reason}): {names}")
@@ -75,7 +110,7 @@ class _Description:
 
     def __call__(self, tally: Tally) -> str:
         now = time.monotonic()
-        if tally.stage != self._stage:
+        if tally.stage != self._stage or tally.text_bytes < self._bytes_then:  # or the next source's
             self._stage, self._since, self._bytes_then = tally.stage, now, tally.text_bytes
         if tally.documents == 0:
             return tally.stage

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,6 +12,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.formats import read_rows
+from data_pipeline.remote import expand, is_remote
 from loglinear.config import SourceConfig
 from loglinear.errors import UserError
 
@@ -57,7 +58,7 @@ def _open(source: SourceConfig, seed: int) -> Iterator[Document | Skipped]:
         return _folder(Path(path), source.pattern, frozenset(), seed)
     if source.kind == "hub":
         return _hub(source, path)
-    return _local(source, path)
+    return _files(source, path)
 
 
 def _folder(root: Path, pattern: str, without: frozenset[str], seed: int) -> Iterator[Document | Skipped]:
@@ -77,11 +78,11 @@ def _names(root: Path, pattern: str, without: frozenset[str]) -> list[str]:
     """The paths of the files, relative to `root`."""
     if not root.is_dir():
         raise UserError(f"data.sources: there is no folder {root}; correct the path")
-    try:
-        files = [path.relative_to(root) for path in root.glob(pattern) if path.is_file()]
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"data.sources: pattern {pattern!r} is no glob below {root} ({error})") from None
-    names = [path.as_posix() for path in files if without.isdisjoint(path.parts)]
+    if os.path.isabs(pattern):
+        raise UserError(f"data.sources: pattern {pattern!r} is no glob below {root}; leave out what is above it")
+    found = glob.iglob(pattern, root_dir=root, recursive=True, include_hidden=True)
+    inside = {name for name in found if without.isdisjoint(name.split(os.sep))}  # `**` may find a name twice
+    names = [name for name in inside if os.path.isfile(os.path.join(root, name))]
     if not names:
         raise UserError(f"data.sources: no file below {root} matches {pattern!r}; correct path or pattern")
     return names
@@ -97,25 +98,16 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _local(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
-    """The documents of the local files that `path` names or matches, file after file."""
-    files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
+def _files(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
+    """The documents of the files that `path` names or matches, file after file."""
+    files = expand(path) if is_remote(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
     if not files:
         raise UserError(f"data.sources: no file {path}; correct the path of this {source.kind} source")
-    with tempfile.TemporaryDirectory() as cache:
-        for file in files:
-            rows = _guarded(_local_rows(source, file, cache), lambda error, file=file: _bad_file(file, source, error))
-            yield from _documents(rows, source.text_field, file)
-
-
-def _local_rows(source: SourceConfig, file: str, cache: str) -> Iterator[dict[str, Any]]:
-    """The rows of one file; `cache` takes the locks that the library leaves behind."""
-    datasets = _quiet_datasets()
-    builder = {"jsonl": "json", "parquet": "parquet", "text": "text"}[source.kind]
-    options = {"sample_by": "document"} if source.kind == "text" else {}
-    yield from datasets.load_dataset(
-        builder, data_files=[glob.escape(file)], split="train", streaming=True, cache_dir=cache, **options
-    )
+    for file in files:
+        rows = read_rows(source.kind, file, source.text_field)
+        yield from _documents(
+            _guarded(rows, lambda error, file=file: _bad_file(file, source, error)), source.text_field, file
+        )
 
 
 def _hub(source: SourceConfig, path: str) -> Iterator[Document | Skipped]:
@@ -145,6 +137,8 @@ def _guarded(rows: Iterable[Any], explain: Callable[[Exception], UserError]) -> 
     """`rows`, with whatever the library raises turned into one sentence."""
     try:
         yield from rows
+    except UserError:
+        raise
     except Exception as error:
         raise explain(error) from error
 
@@ -177,4 +171,10 @@ def _documents(rows: Iterable[dict[str, Any]], field: str, origin: str) -> Itera
 
 
 def _item(text: str, name: str) -> Document | Skipped:
-    return Skipped(name, "empty") if not text or text.isspace() else Document(text, name)
+    if not text or text.isspace():
+        return Skipped(name, "empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can say what UTF-8 cannot
+        return Skipped(name, "half a surrogate pair")
+    return Document(text, name)

@@ -12,21 +12,30 @@ NAMES = {
     "seed": "data.seed",
     "seq_len": "model.seq_len",
     "shuffle_window": "data.shuffle_window",
+    "contiguous": "data.contiguous",
+    "best_fit": "data.best_fit",
     "tokenizer_sha256": "the tokenizer's SHA-256",
+    "mixture": "the mixture so far (a fingerprint of data.sources, their sizes and data.curriculum)",
 }
 
 
 class DataState(BaseModel):
-    """`samples` were consumed by all ranks together since the first step; the rest fixes their order."""
+    """`samples` were consumed by all ranks together since the first step; the rest fixes their order.
+
+    `mixture` tells of those samples alone (see `SampleStream.fingerprint`), so that what comes later may change.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     samples: NonNegativeInt
     seed: int
     seq_len: int
     shuffle_window: int
+    contiguous: int
+    best_fit: int | None
     tokenizer_sha256: str
+    mixture: str
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:

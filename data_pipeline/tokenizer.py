@@ -1,22 +1,22 @@
-"""A sentencepiece tokenizer that keeps text exactly: decode(encode(text)) == text for any UTF-8 text."""
+"""Tokenizers: sentencepiece, trained here or given, and tokenizer.json files. Trained here, they keep any UTF-8 text
+exactly: decode(encode(text)) == text."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from data_pipeline.files import write_bytes
+from data_pipeline.tokenizer_models import HuggingFaceModel, SentencePieceModel
 from loglinear.errors import UserError
 
 DType = Literal["uint16", "uint32"]
 
-SPACE_MARK = "\u2581"  # sentencepiece writes a space so; the character itself must travel as bytes
 LINE_CHARS = 4000  # a training sentence's longest: the trainer counts symbols of a word in 16 bits
 
 
@@ -57,44 +57,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
 
 class Tokenizer:
-    """A loaded model.
+    """A loaded tokenizer: a sentencepiece model, or a `tokenizer.json` of Hugging Face's tokenizers.
 
     Attributes:
         vocab_size: number of pieces.
         bos_id: the piece that starts every document and stands nowhere else.
-        unk_id: never produced thanks to byte fallback; what padding is filled with.
-        sha256: fingerprint of the model file.
+        sha256: fingerprint of the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, bos: str | None = None) -> None:
         """Load `path`.
 
-        Raises:
-            UserError: the file is missing, no sentencepiece model, or has no bos piece or no byte pieces.
-        """
-        import sentencepiece
+        Args:
+            path: the file; its content tells which kind it is.
+            bos: the piece that starts a document, where a tokenizer.json does not tell it.
 
+        Raises:
+            UserError: the file is missing or no tokenizer, has no bos piece, or would lose text.
+        """
         try:
-            proto = path.read_bytes()
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            content = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: cannot read this tokenizer ({error.strerror}); correct its path") from None
-        except RuntimeError:
-            raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again") from None
-        self.vocab_size: int = self._model.get_piece_size()
-        if self.vocab_size == 0:
-            raise UserError(f"{path} is no sentencepiece model; delete it and prepare the data again")
-        self.bos_id: int = self._model.bos_id()
-        self.unk_id: int = self._model.unk_id()
-        self.sha256 = hashlib.sha256(proto).hexdigest()
-        if self.bos_id < 0:
-            raise UserError(f"{path} has no bos piece, which must start every document; train it with bos_id")
-        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        if self.unk_id in mark:
-            raise UserError(f"{path} has no byte pieces, so some text would be lost; train it with byte_fallback")
-        self._mark = mark
-        # Lines are encoded twice as fast as whole documents; the pieces agree when no piece spans a newline.
-        self._by_line = self._encode("a\n b") == self._encode("a\n") + self._encode(" b")
+        model = HuggingFaceModel(path, content, bos) if content[:1] == b"{" else SentencePieceModel(path, content)
+        self._model = model
+        self.vocab_size = model.vocab_size
+        self.bos_id = model.bos_id
+        self.sha256 = hashlib.sha256(content).hexdigest()
 
     @property
     def dtype_name(self) -> DType:
@@ -103,39 +92,32 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The pieces of `text`, without bos."""
-        first, *others = text.split(SPACE_MARK)
-        tokens = self._encode_plain(first)
-        for part in others:
-            tokens += self._mark
-            tokens += self._encode_plain(part)
-        return tokens
+        return [token for part in self._model.parts(text) for token in self._model.encode(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array of `dtype_name` a text: bos, then its pieces."""
-        return [np.array([self.bos_id, *self.encode(text)], dtype=self.dtype_name) for text in texts]
+        return [self._encode_array(text) for text in texts]
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        parts = (self._model.encode(part) for part in self._model.parts(text))
+        return np.concatenate([np.array(tokens, self.dtype_name) for tokens in ([self.bos_id], *parts)])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bos is left out."""
         return self._model.decode([int(token) for token in tokens])
 
-    def _encode_plain(self, text: str) -> list[int]:
-        if not self._by_line:
-            return self._encode(text)
-        lines = text.split("\n")
-        ended = [line + "\n" for line in lines[:-1]] + lines[-1:]
-        return list(chain.from_iterable(self._model.encode(ended, num_threads=1)))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+    def pieces(self, tokens: Iterable[int]) -> list[str]:
+        """Every token as the tokenizer writes it."""
+        return [self._model.piece(int(token)) for token in tokens]
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int, bos: str | None = None) -> Tokenizer:
     """The tokenizer in `path`, for a model of `vocab_size` embeddings.
 
     Raises:
         UserError: the file is missing or unfit, or has more pieces than the model has embeddings.
     """
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, bos)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} pieces, but model.vocab_size is {vocab_size};"

@@ -98,12 +98,70 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     from loglinear.config import load_config
 
     settings = load_config(config, overrides or ())
-    from data_pipeline.prepare import prepare as run
+    from data_pipeline.prepare import prepare_all
     from data_pipeline.progress import console_progress, summary
 
     with console_progress() as progress:
-        index = run(settings.data, settings.model.vocab_size, progress)
-    typer.echo(summary(index))
+        indices = prepare_all(settings.data, settings.model.vocab_size, progress)
+    for name, index in indices.items():
+        typer.echo(f"{name}:\n{summary(index)}" if name else summary(index))
+
+
+@data_app.command()
+def inspect(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    documents: Annotated[int, typer.Option(min=0, help="Documents of each source to show.")] = 2,
+) -> None:
+    """Show what is prepared: shares, lengths and their histogram, what packing costs, and some documents."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from rich.console import Console
+
+    from data_pipeline.inspection import inspect as run
+
+    run(settings.data, settings.model.vocab_size, settings.model.seq_len, documents, Console())
+
+
+@data_app.command()
+def verify(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check the SHA-256 of every token file; exit code 2 if one is damaged."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from data_pipeline.progress import counting
+    from data_pipeline.verify import verify as run
+
+    with counting("verifying") as progress:
+        problems = run(settings.data, settings.model.vocab_size, progress)
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise UserError(f"{settings.data.dir}: {len(problems)} files are missing or damaged; each is named above")
+    typer.echo(f"{settings.data.dir}: every file is whole")
+
+
+@data_app.command()
+def contamination(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="A file for the report, as JSON.")] = None,
+) -> None:
+    """Look for held-out documents, and any 50 tokens of one, in training data; exit code 1 if there are any."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from data_pipeline.contamination import check_contamination
+    from data_pipeline.files import write_json
+    from data_pipeline.progress import counting, describe_contamination
+
+    with counting("comparing") as progress:
+        report = check_contamination(settings.data, settings.model.vocab_size, progress)
+    if out is not None:
+        write_json(out, report.to_dict())
+    typer.echo(describe_contamination(report))
+    raise typer.Exit(1 if report.contaminated_documents else 0)
 
 
 @bench_app.command()
@@ -112,6 +170,24 @@ def ops(out: Annotated[Path, typer.Option(help="Where the table and the plot go.
     from loglinear.bench.ops import bench_ops
 
     bench_ops(out)
+
+
+@bench_app.command()
+def kernels(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-kernels")) -> None:
+    """Time and memory of the kernels on this GPU, beside softmax attention and flash-linear-attention."""
+    from loglinear.bench.kernels import bench_kernels
+
+    bench_kernels(out)
+
+
+@bench_app.command(name="data")
+def bench_data_command(
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-data"),
+) -> None:
+    """Speed of tokenising and of loading batches, beside datasets and mosaicml-streaming if that is installed."""
+    from loglinear.bench.data import bench_data
+
+    bench_data(out)
 
 
 def main() -> None:

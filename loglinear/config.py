@@ -11,27 +11,40 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
+from loglinear.config_data import DataConfig, SourceConfig, StageConfig, TokenizerConfig
+from loglinear.config_section import NAME_PATTERN, Section
 from loglinear.config_text import apply_override, explain, read_yaml
 from loglinear.errors import UserError
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LevelScaleName",
+    "LogLinearConfig",
+    "MixerName",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Section",
+    "SoftmaxConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "load_config",
+]
 
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = typing.Annotated[float, Field(ge=0.0, lt=1.0)]
 LevelScaleName = Literal["none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"]
 MixerName = Literal["log_linear", "softmax"]
-SOURCE_OPTIONS = {  # which kinds of source each of these belongs to
-    "pattern": ("folder",),
-    "subset": ("hub",),
-    "split": ("hub",),
-    "text_field": ("hub", "jsonl", "parquet"),
-}
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -43,7 +56,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not re.fullmatch(r"\w[\w.\-]*", self.name):
+        if not re.fullmatch(NAME_PATTERN, self.name):
             raise ValueError(
                 f"name {self.name!r} names a folder: take letters, digits, dots, dashes and underscores,"
                 " and begin with none of the marks"
@@ -113,56 +126,6 @@ class ModelConfig(Section):
     def mixer_of(self, layer: int) -> MixerName:
         """The mixer of layer `layer` (0-based): the pattern is repeated along the depth."""
         return self.pattern[layer % len(self.pattern)]
-
-
-class SourceConfig(Section):
-    """Where documents come from.
-
-    `hub`: a dataset's name in `path`, streamed; `jsonl`, `parquet`, `text`: a file or a glob, compressed or not;
-    `folder`: every file below `path` that matches `pattern`; `stdlib`: the running Python's own source.
-    """
-
-    kind: Literal["hub", "jsonl", "parquet", "text", "folder", "stdlib"]
-    path: str | None = None
-    pattern: str = "**/*"
-    subset: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kind == "stdlib" and self.path is not None:
-            raise ValueError("kind stdlib takes no path: it is the running Python's own source")
-        if self.kind != "stdlib" and not self.path:
-            raise ValueError(f"kind {self.kind} needs a path")
-        for option, kinds in SOURCE_OPTIONS.items():
-            if self.kind not in kinds and getattr(self, option) != type(self).model_fields[option].default:
-                raise ValueError(f"{option} belongs to kind {' or '.join(kinds)}, and does nothing for {self.kind}")
-        return self
-
-
-class TokenizerConfig(Section):
-    """A sentencepiece model: the file `path`, or one trained on the first `train_bytes` bytes of the sources."""
-
-    path: Path | None = None
-    train_bytes: PositiveInt = 8_000_000
-
-
-class DataConfig(Section):
-    """Prepared token shards in `dir`, made from `sources`.
-
-    Documents whose hash falls under `held_out` are kept for evaluation.
-    """
-
-    dir: Path = Path("data/prepared")
-    sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig(kind="stdlib"),), min_length=1)
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    held_out: float = Field(default=0.02, gt=0, lt=1)
-    shard_tokens: PositiveInt = 4_194_304
-    prepare_workers: PositiveInt = 2
-    seed: int = 0
-    shuffle_window: PositiveInt = 4096
-    loader_workers: int = Field(default=1, ge=0)
 
 
 class OptimizerConfig(Section):
@@ -291,7 +254,14 @@ class Config(Section):
         for name, value, divisor, why in self._divisions():
             if value % divisor:
                 raise ValueError(f"{name} ({value}) must be a multiple of {why} ({divisor})")
-        self._check_groups()
+        self._check_mixers()
+        if self.data.best_fit not in (None, self.model.seq_len):
+            raise ValueError(f"data.best_fit ({self.data.best_fit}) must equal model.seq_len ({self.model.seq_len})")
+        for stage in self.data.curriculum:
+            if stage.seq_len is not None and self.model.seq_len % stage.seq_len:
+                raise ValueError(
+                    f"data.curriculum: seq_len ({stage.seq_len}) must divide model.seq_len ({self.model.seq_len})"
+                )
         return self
 
     def _divisions(self) -> typing.Iterator[tuple[str, int, int, str]]:
@@ -299,7 +269,7 @@ class Config(Section):
         model, tensor, context = self.model, self.parallel.tensor, self.parallel.context
         yield "model.vocab_size", model.vocab_size, tensor, "parallel.tensor"
         yield "model.mlp_dim", model.mlp_dim, tensor, "parallel.tensor"
-        for mixer in set(model.pattern):
+        for mixer in sorted(set(model.pattern)):
             heads = model.log_linear.heads if mixer == "log_linear" else model.softmax.heads
             yield f"model.{mixer}.heads", heads, tensor, "parallel.tensor"
         yield "model.seq_len", model.seq_len, context, "parallel.context"
@@ -307,9 +277,17 @@ class Config(Section):
             tokens = self.train.micro_batch * model.seq_len // context
             yield "train.micro_batch x model.seq_len / parallel.context", tokens, tensor, "parallel.tensor"
 
-    def _check_groups(self) -> None:
-        groups, tensor = self.model.log_linear.groups, self.parallel.tensor
-        if "log_linear" in self.model.pattern and groups % tensor and tensor % groups:
+    def _check_mixers(self) -> None:
+        own, tensor, context = self.model.log_linear, self.parallel.tensor, self.parallel.context
+        groups, local = own.groups, self.model.seq_len // context
+        if "log_linear" not in self.model.pattern:
+            return
+        if context > 1 and local < own.conv_width - 1:
+            raise ValueError(
+                f"model.seq_len / parallel.context ({local}) must be at least model.log_linear.conv_width - 1"
+                f" ({own.conv_width - 1}): take fewer context ranks"
+            )
+        if groups % tensor and tensor % groups:
             raise ValueError(
                 f"model.log_linear.groups ({groups}) must be a multiple of parallel.tensor ({tensor}), or divide it"
             )

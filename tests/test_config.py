@@ -129,7 +129,7 @@ def test_a_value_out_of_its_domain_is_named(file: Path, text: str, said: str) ->
         ),
         (
             "data: {sources: [{kind: folder, path: a, text_field: body}]}",
-            "data.sources.0: text_field belongs to kind hub or jsonl or parquet, and does nothing for folder",
+            "data.sources.0: text_field belongs to kind hub or jsonl or parquet or arrow, and does nothing for folder",
         ),
         ("schedule: {kind: wsd}", "schedule: kind wsd needs decay_steps, the length of its final decay"),
         (
@@ -147,6 +147,63 @@ def test_a_value_out_of_its_domain_is_named(file: Path, text: str, said: str) ->
         (
             "checkpoint: {every: 250, keep_every: 300}",
             "checkpoint: keep_every (300) must be a multiple of every (250)",
+        ),
+        ("data: {sources: [{kind: stdlib, weight: 1}]}", "data.sources.0: name and weight belong together"),
+        (
+            "data: {sources: [{kind: stdlib, max_epochs: 1}]}",
+            "data.sources.0: max_epochs belongs to a source of a mixture",
+        ),
+        (
+            "data: {sources: [{kind: stdlib, name: a, weight: 1}, {kind: stdlib}]}",
+            "data: sources must all have a name, each its own, and a weight, or none of them",
+        ),
+        (
+            "data: {sources: [{kind: stdlib, name: a, weight: 1}, {kind: stdlib, name: a, weight: 1}]}",
+            "data: sources must all have a name, each its own",
+        ),
+        (
+            "data: {curriculum: [{from_step: 5, seq_len: 64}, {from_step: 5, seq_len: 128}]}",
+            "data: curriculum must be in the order of from_step",
+        ),
+        (
+            "data: {curriculum: [{from_step: 5, weights: {web: 1}}]}",
+            "data: curriculum gives a weight to 'web', but sources have no such name",
+        ),
+        (
+            "data: {curriculum: [{from_step: 5, weights: {web: 0}}]}",
+            "data.curriculum.0: weights must give a source more than 0",
+        ),
+        (
+            "data: {curriculum: [{from_step: 5, seq_len: 100}]}",
+            "data.curriculum: seq_len (100) must divide model.seq_len (512)",
+        ),
+        ("data: {best_fit: 100}", "data.best_fit (100) must equal model.seq_len (512)"),
+        (
+            "data: {shuffle_window: 10, contiguous: 4}",
+            "data: shuffle_window (10) must be a multiple of contiguous (4)",
+        ),
+        ("data: {tokenizer: {bos: <s>}}", "data.tokenizer: bos belongs to a tokenizer.json in path"),
+        ("parallel: {tensor: 3}", "model.vocab_size (4096) must be a multiple of parallel.tensor (3)"),
+        (
+            "{model: {log_linear: {heads: 4}}, parallel: {tensor: 8}}",
+            "model.log_linear.heads (4) must be a multiple of parallel.tensor (8)",
+        ),
+        (
+            "{model: {pattern: [softmax]}, parallel: {tensor: 8}}",
+            "model.softmax.heads (4) must be a multiple of parallel.tensor (8)",
+        ),
+        (
+            "{model: {vocab_size: 4098, log_linear: {heads: 18, groups: 3}, mlp_dim: 768}, parallel: {tensor: 2}}",
+            "model.log_linear.groups (3) must be a multiple of parallel.tensor (2), or divide it",
+        ),
+        ("parallel: {context: 5}", "model.seq_len (512) must be a multiple of parallel.context (5)"),
+        (
+            "{model: {seq_len: 128}, parallel: {context: 64}}",
+            "model.seq_len / parallel.context (2) must be at least model.log_linear.conv_width - 1 (3)",
+        ),
+        (
+            "{model: {seq_len: 9}, train: {global_batch: 1, micro_batch: 1}, parallel: {tensor: 2}}",
+            "train.micro_batch x model.seq_len / parallel.context (9) must be a multiple of parallel.tensor (2)",
         ),
         ("run: {name: ..}", "run: name '..' names a folder"),
         ("run: {name: a/b}", "run: name 'a/b' names a folder"),

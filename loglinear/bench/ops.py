@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,9 +19,11 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch.nn import functional as F
 
+from loglinear.bench.machine import machine
 from loglinear.ops import log_linear_attention, num_levels
 
 HEADS, GROUPS, STATE_DIM, HEAD_DIM = 4, 1, 32, 32
+COMMAND = "loglinear bench ops"
 LENGTHS = tuple(1024 << doubling for doubling in range(7))  # 1K to 64K tokens
 FIT_FROM = 4096  # shorter sequences cost mostly the start of each call
 RUNS, BUDGET = (3, 15), 3.0  # timed runs of a point, as many as fit into so many seconds
@@ -195,30 +195,13 @@ def _sizes() -> str:
     return f"B = 1, H = {HEADS}, N = {STATE_DIM}, P = {HEAD_DIM}, G = {GROUPS}, fp32"
 
 
-def _machine() -> dict[str, str | int]:
-    return {
-        "date": date.today().isoformat(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": "loglinear bench ops",
-    }
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _write(out: Path, timings: list[Timing]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": _machine(), "sizes": _sizes(), "timings": [asdict(timing) for timing in timings]}
+    record = {
+        "machine": machine(COMMAND),
+        "sizes": _sizes(),
+        "timings": [asdict(timing) for timing in timings],
+    }
     (out / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "ops.md").write_text(_markdown(timings))
     _plot(out / "ops.png", timings)
@@ -228,8 +211,8 @@ def _markdown(timings: list[Timing]) -> str:
     header = _header()
     rows = [header, ["---:"] * len(header), *_rows(timings)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-    machine = ", ".join(f"{name} {value}" for name, value in _machine().items())
-    return "\n\n".join([f"Milliseconds, median; {_sizes()}.", table, *_fits(timings), machine]) + "\n"
+    where = ", ".join(f"{name} {value}" for name, value in machine(COMMAND).items())
+    return "\n\n".join([f"Milliseconds, median; {_sizes()}.", table, *_fits(timings), where]) + "\n"
 
 
 def _plot(path: Path, timings: list[Timing]) -> None:

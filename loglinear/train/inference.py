@@ -68,7 +68,7 @@ def generate_text(root: Path, prompt: str, tokens: int, temperature: float, seed
     config = folder.load_config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = _load(folder, config, device)
-    tokenizer = load_tokenizer(folder.tokenizer, config.model.vocab_size)
+    tokenizer = load_tokenizer(folder.tokenizer, config.model.vocab_size, config.data.tokenizer.bos)
     known = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     shown = 0
     for token in generate(model, known, tokens, temperature=temperature, seed=seed, device=device):

@@ -124,6 +124,7 @@ class _Run:
         )
         if saved is not None:
             saved.require_same_order(loader.state(0))
+        loader.require(config.train.steps - self.start)
         return _Data(loader, iter(loader))
 
     def _wait_for_data(self) -> None:
@@ -131,7 +132,11 @@ class _Run:
         if not self.first:
             return
         config = self.config
-        self.console.say(f"Data in {config.data.dir}: training starts as soon as the first shard is prepared.")
+        self.console.say(
+            f"Data in {config.data.dir}: training starts as soon as "
+            + ("all is" if config.data.is_mixture else "the first shard is")
+            + " prepared."
+        )
         wait_until_ready(
             config.data,
             vocab_size=config.model.vocab_size,
@@ -235,8 +240,9 @@ class _Run:
         return f" (unigram entropy of this tokenizer: {entropy:.4f})"
 
     def _unigram_entropy(self) -> float | None:
-        """Nats per token, once the preparation is complete."""
-        index = complete_index(self.config.data, self.config.model.vocab_size)
+        """Nats per token of a single stream, once its preparation is complete."""
+        data = self.config.data
+        index = None if data.is_mixture else complete_index(data, self.config.model.vocab_size)
         return None if index is None else index.unigram_entropy
 
     def _finish(self) -> None:

@@ -134,7 +134,7 @@ def test_a_changed_order_is_refused_at_resume(prepared: DataConfig) -> None:
         saved.require_same_order(state(prepared.model_copy(update={"shuffle_window": 64})))
 
 
-@pytest.mark.parametrize("saved", [{}, {"version": 2}, {"samples": -1}])
+@pytest.mark.parametrize("saved", [{}, {"version": 1}, {"samples": -1}])
 def test_an_unreadable_state_is_explained(saved: dict[str, int]) -> None:
     with pytest.raises(UserError, match="data state is unreadable"):
         DataState.from_dict(saved)

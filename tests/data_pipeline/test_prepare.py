@@ -80,13 +80,14 @@ def test_index_sums_up(prepared: DataConfig) -> None:
         "empty": ("empty.txt",),
         "not UTF-8": ("latin.txt",),
     }
-    assert len(index.shards) >= 8
+    assert index.shards >= 8
     assert index.vocab_size == VOCAB
     assert "left out 1 (not UTF-8): latin.txt" in summary(index)
 
 
 def test_shards_have_the_size_asked_for(prepared: DataConfig) -> None:
-    sizes = [shard.train.tokens + shard.held_out.tokens for shard in index_of(prepared).shards]
+    index = index_of(prepared)
+    sizes = [a + b for a, b in zip(index.train_files.tokens, index.held_out_files.tokens, strict=True)]
     assert all(prepared.shard_tokens <= size < 2 * prepared.shard_tokens for size in sizes[:-1])
 
 
@@ -115,8 +116,8 @@ def test_continues_from_whatever_was_written(prepared: DataConfig, configure: Co
     data = configure()
     data.dir.mkdir()
     order = ["tokenizer.model", "prepare.json"]
-    for shard in index_of(prepared).shards:
-        order += [shard.train.name, shard.held_out.name, f"shard-{shard.number:05d}.json"]
+    for number in range(index_of(prepared).shards):
+        order += [f"train-{number:05d}.bin", f"held_out-{number:05d}.bin", f"shard-{number:05d}.json"]
     for name in order[:kept]:
         shutil.copy(prepared.dir / name, data.dir)
     (data.dir / f"{order[kept]}.123.tmp").write_bytes(b"half")
@@ -134,10 +135,29 @@ def config_file(data: DataConfig) -> Path:
     return path
 
 
-def test_killed_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig, configure: Configure) -> None:
+def lose_some(folder: Path, rng: random.Random) -> None:
+    """Take away some of a folder, if it is complete, so that there is something to do again."""
+    if (folder / "index.json").exists():
+        (folder / "index.json").unlink()
+        for number in rng.sample(range(8), 6):
+            for name in (f"shard-{number:05d}.json", f"train-{number:05d}.bin"):
+                (folder / name).unlink()
+
+
+def test_killed_20_times_at_random_moments_it_leaves_the_same_bytes(prepared: DataConfig, configure: Configure) -> None:
     data = configure()
     file = config_file(data)
     rng = random.Random()
+    begin = time.monotonic()
+    assert start(file).wait() == 0
+    whole = time.monotonic() - begin
+    for _ in range(15):
+        lose_some(data.dir, rng)
+        process = start(file)
+        time.sleep(rng.uniform(0.3, 1) * whole)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    shutil.rmtree(data.dir)
     for shard in (None, 0, 2, 5, 7):
         process = start(file)
         if shard is not None:

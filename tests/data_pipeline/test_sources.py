@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import lzma
 from itertools import islice
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from data_pipeline.sources import Document, Skipped, iterate_documents
 from loglinear.config import SourceConfig
@@ -41,6 +45,38 @@ def test_jsonl(tmp_path: Path) -> None:
 def test_compressed_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(jsonl(TEXTS, "body")))
     assert texts(read("jsonl", tmp_path / "a.jsonl.xz", text_field="body")) == TEXTS
+
+
+COMPRESSED = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("end", COMPRESSED)
+def test_compressed_files(tmp_path: Path, end: str) -> None:
+    content = jsonl([f"{text} {row}" for row in range(5000) for text in TEXTS])
+    path = tmp_path / f"a.jsonl.{end}"
+    path.write_bytes(COMPRESSED[end](content[:300_000]) + COMPRESSED[end](content[300_000:]))
+    found = texts(read("jsonl", path))
+    assert found == [f"{text} {row}" for row in range(5000) for text in TEXTS]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"a.jsonl.{end} is not readable as jsonl .*end"):
+        read("jsonl", path)
+
+
+@pytest.mark.parametrize("make", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_arrow(tmp_path: Path, make: Any) -> None:
+    table = pyarrow.table({"id": range(4), "body": TEXTS})
+    with make(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    assert texts(read("arrow", tmp_path / "a.arrow", text_field="body")) == TEXTS
+    with pytest.raises(UserError, match="no field 'text'; set text_field to one of: body, id"):
+        read("arrow", tmp_path / "a.arrow")
+
+
+def test_half_a_surrogate_pair_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800"}\n{"text": "\\ud83d\\ude00"}\n')
+    first, second = read("jsonl", tmp_path / "a.jsonl")
+    assert first == Skipped(f"{tmp_path / 'a.jsonl'}:0", "half a surrogate pair")
+    assert texts([second]) == ["\U0001f600"]
 
 
 def test_parquet(tmp_path: Path) -> None:
