@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,25 @@ def assert_close(folder: Path, reference: Path) -> None:
     expected = saved_tensors(reference)
     for name, tensor in saved_tensors(folder).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=f"{name} differs")
+
+
+def test_a_mixture_with_a_curriculum_goes_on_with_the_same_curve(
+    configure: Callable[..., DataConfig], corpus: Path, tmp_path: Path
+) -> None:
+    """On one rank and, in between, on two: the samples are the same, so the sums differ in their order alone."""
+    sources = [
+        {"kind": "folder", "path": str(corpus), "pattern": f"0{digits}*.txt", "name": name, "weight": weight}
+        for digits, name, weight in (("[0-3]", "early", 0.75), ("[4-7]", "late", 0.25))
+    ]
+    curriculum = [{"from_step": 0, "seq_len": 80}, {"from_step": 8, "seq_len": 160, "weights": {"late": 1.0}}]
+    data = configure(sources=sources, curriculum=curriculum)
+    whole = small_config(tmp_path / "whole", data)
+    finish(whole)
+    parts = small_config(tmp_path / "parts", data)
+    run_until(parts, 1, 4, signal.SIGTERM)
+    run_until(parts, 2, 10, signal.SIGTERM)
+    finish(parts)
+    assert_close(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_finished_run_has_nothing_left_to_do(prepared: DataConfig, reference: Path, tmp_path: Path) -> None:
