@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import loglinear.parallel
-from data_pipeline.batch import Batch, make_batch
+from data_pipeline.batch import IGNORED, Batch, make_batch
 from loglinear.checkpoint.zero import fragments
 from loglinear.config import Config
 from loglinear.model import build_model
@@ -80,7 +80,12 @@ def batch_of(case: Case, seed: int = 0) -> Batch:
     tokens_bt = torch.randint(2, VOCAB, (SAMPLES, SEQ_LEN + 1), generator=generator)
     if case.packed:
         tokens_bt[torch.rand(tokens_bt.shape, generator=generator) < 0.04] = BOS
-    return make_batch(list(tokens_bt.numpy()), SEQ_LEN, BOS, 0)
+    return packed(tokens_bt)
+
+
+def packed(tokens_bt: torch.Tensor) -> Batch:
+    """A batch of samples [B, T + 1] whose documents begin at every `BOS`."""
+    return make_batch(list(tokens_bt.numpy()), SEQ_LEN, BOS, [SEQ_LEN] * len(tokens_bt))
 
 
 def awake(model: torch.nn.Module) -> None:
@@ -157,7 +162,7 @@ def own_samples(batch: Batch, mesh: Mesh) -> Batch:
     """The samples of this rank's place along the data axis, packed anew."""
     inputs_bt, labels_bt = (x.chunk(mesh.data.size)[mesh.data.index] for x in batch[:2])
     tokens = torch.cat([inputs_bt, labels_bt[:, -1:]], 1)
-    return make_batch(list(tokens.numpy()), SEQ_LEN, BOS, 0)
+    return packed(tokens)
 
 
 def compare_gradients(model: torch.nn.Module, truth: torch.nn.Module, mesh: Mesh, differences: Differences) -> None:
@@ -203,10 +208,11 @@ def train_plainly(case: Case) -> Truth:
     for step in range(STEPS):
         batch = batch_of(case, seed=step)
         loss = model(batch.inputs, batch.labels, Documents.packed(batch.cu_seqlens, torch.device("cpu")))
+        loss = loss / (batch.labels != IGNORED).sum()
         optimizer.zero_grad()
-        (loss / batch.labels.numel()).backward()
+        loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item())
-        losses.append(loss.item() / batch.labels.numel())
+        losses.append(loss.item())
         gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
