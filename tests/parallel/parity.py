@@ -126,9 +126,17 @@ class Differences:
         self.tolerance = tolerance
         self.found: list[str] = []
 
-    def compare(self, name: str, found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> None:
-        """Note if the error is above the tolerance times the truth's norm, plus `floor`."""
-        error, norm = (found.double() - expected).norm().item(), expected.norm().item()
+    def compare(
+        self,
+        name: str,
+        found: torch.Tensor,
+        expected: torch.Tensor,
+        whole: torch.Tensor | None = None,
+        floor: float = 0.0,
+    ) -> None:
+        """Note if the error is above the tolerance times the norm of the truth, or of its `whole`, plus `floor`."""
+        error = (found.double() - expected).norm().item()
+        norm = (expected if whole is None else whole).norm().item()
         if not error <= self.tolerance * norm + floor:
             self.found.append(f"{name} differs by {error:.1e}, its norm is {norm:.1e}")
 
@@ -259,7 +267,9 @@ def compare_fragments(
         shard, found = fragment.shard, fragment.tensors[kind]
         part = expected[fragment.name].narrow(shard.dim, shard.start, shard.size).flatten()
         part = part[fragment.start : fragment.start + len(found)]
-        differences.compare(f"{kind} of {fragment.name}", found, part, floor=noise * len(found) ** 0.5)
+        differences.compare(
+            f"{kind} of {fragment.name}", found, part, expected[fragment.name], noise * len(found) ** 0.5
+        )
 
 
 def ignore_gradients_of_others(module: Any) -> None:
