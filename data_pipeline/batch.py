@@ -26,10 +26,6 @@ class Batch(NamedTuple):
     labels: Tensor
     cu_seqlens: Tensor
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; from pinned memory the copy does not block."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
 
 def make_batch(samples: Sequence[np.ndarray], seq_len: int, bos_id: int, contexts: Sequence[int]) -> Batch:
     """Inputs and labels of `samples`, each of at most `seq_len` + 1 tokens.
