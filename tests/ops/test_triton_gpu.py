@@ -73,13 +73,13 @@ def test_sizes(state_dim: int, head_dim: int) -> None:
     assert_accurate(fresh_inputs(1, 400, sizes), torch.bfloat16)
 
 
-@pytest.mark.parametrize(("state_dim", "head_dim"), [(16, 16), (16, 64), (64, 128), (128, 256), (256, 64)])
+@pytest.mark.parametrize(("state_dim", "head_dim"), [(16, 16), (16, 64), (64, 128), (128, 256)])
 def test_sizes_in_fp32(state_dim: int, head_dim: int) -> None:
     sizes = Sizes(groups=1, heads=2, state_dim=state_dim, head_dim=head_dim, levels=10)
     assert_accurate(fresh_inputs(1, 300, sizes), torch.float32)
 
 
-@pytest.mark.parametrize(("state_dim", "head_dim"), [(512, 64), (24, 40)])
+@pytest.mark.parametrize(("state_dim", "head_dim"), [(256, 64), (24, 40)])
 def test_other_sizes_are_left_to_the_form_in_pytorch(state_dim: int, head_dim: int) -> None:
     sizes = Sizes(groups=1, heads=2, state_dim=state_dim, head_dim=head_dim, levels=10)
     inputs = on_gpu(fresh_inputs(1, 300, sizes), torch.float32)

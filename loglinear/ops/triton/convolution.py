@@ -1,6 +1,6 @@
 """The short causal convolution and its SiLU: one pass forward, two backward.
 
-Shapes: i token (all rows of a batch, one after the other), c channel, w tap or, last of all, the bias.
+Shapes: i token (all rows of a batch, one after the other), c channel, w tap, or first of all the bias.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -59,13 +59,14 @@ def _causal_conv_silu_backward(
     steps, programs = steps_of_a_program(tokens, BLOCK_I, MOST_PROGRAMS)
     sums_wc = bias_c.new_empty(programs, len(weight_wc) + 1, channels, dtype=torch.float32)
     where = (tokens, time, *positions_bt.stride(), channels)
-    taps = {"W": len(weight_wc), "BLOCK_I": BLOCK_I, "BLOCK_C": BLOCK_C, "num_warps": 4}
+    taps = {"W": len(weight_wc), "BLOCK_I": BLOCK_I, "BLOCK_C": BLOCK_C}
     _before_silu[(programs, blocks)](
-        dy_btc, x_btc, weight_wc, bias_c, positions_bt, dsum_btc, sums_wc, *where, steps,
-        ROWS=triton.next_power_of_2(len(weight_wc) + 1), **taps,
+        dy_btc, x_btc, weight_wc, bias_c, positions_bt, dsum_btc, sums_wc, *where, steps, **taps, num_warps=8
     )  # fmt: skip
-    _to_inputs[(triton.cdiv(tokens, BLOCK_I), blocks)](dsum_btc, weight_wc, positions_bt, dx_btc, *where, **taps)
-    return dx_btc, sums_wc[:, :-1].sum(0).to(weight_wc.dtype), sums_wc[:, -1].sum(0).to(bias_c.dtype)
+    _to_inputs[(triton.cdiv(tokens, BLOCK_I), blocks)](
+        dsum_btc, weight_wc, positions_bt, dx_btc, *where, **taps, num_warps=4
+    )
+    return dx_btc, sums_wc[:, 1:].sum(0).to(weight_wc.dtype), sums_wc[:, 0].sum(0).to(bias_c.dtype)
 
 
 @_causal_conv_silu_backward.register_fake
@@ -123,13 +124,14 @@ def _forward(
 def _before_silu(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, positions_ptr, dsum_ptr, sums_ptr,
     tokens, T, STRIDE_B, STRIDE_T, C, steps,
-    W: tl.constexpr, ROWS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+    W: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what goes into the SiLU, which is computed again, and its products with what the taps saw."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     bias_c = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    row = tl.arange(0, ROWS)
-    sums_rc = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    sums = (tl.zeros([BLOCK_I, BLOCK_C], tl.float32),)  # of the bias; the taps' follow
+    for _ in tl.static_range(W):
+        sums = sums + (tl.zeros([BLOCK_I, BLOCK_C], tl.float32),)  # noqa: RUF005 (Triton knows no star)
     for step in range(steps):
         i = (tl.program_id(0) * steps + step) * BLOCK_I + tl.arange(0, BLOCK_I)
         position_i = _load_positions(positions_ptr, i, tokens, T, STRIDE_B, STRIDE_T)
@@ -140,13 +142,15 @@ def _before_silu(
         dsum_ic = tl.load(dy_ptr + at_ic, mask=exists_ic, other=0.0).to(tl.float32)
         dsum_ic *= share_ic * (1.0 + y_ic * (1.0 - share_ic))
         tl.store(dsum_ptr + at_ic, dsum_ic.to(dsum_ptr.dtype.element_ty), mask=exists_ic)
-        sums_rc += tl.where((row == W)[:, None], tl.sum(dsum_ic, 0)[None, :], 0.0)
+        added = (sums[0] + dsum_ic,)
         for back in tl.static_range(W):
             seen_ic = (position_i >= back)[:, None] & (c < C)[None, :]
             x_ic = tl.load(x_ptr + at_ic - back * C, mask=seen_ic, other=0.0).to(tl.float32)
-            sums_rc += tl.where((row == back)[:, None], tl.sum(dsum_ic * x_ic, 0)[None, :], 0.0)
-    sums_at = sums_ptr + (tl.program_id(0).to(tl.int64) * (W + 1) + row[:, None]) * C + c[None, :]
-    tl.store(sums_at, sums_rc, mask=(row <= W)[:, None] & (c < C)[None, :])
+            added = added + (sums[back + 1] + dsum_ic * x_ic,)  # noqa: RUF005
+        sums = added
+    sums_ptr += tl.program_id(0).to(tl.int64) * (W + 1) * C + c
+    for number in tl.static_range(W + 1):
+        tl.store(sums_ptr + number * C, tl.sum(sums[number], 0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["tokens", "T"])

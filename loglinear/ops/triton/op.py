@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from loglinear.ops.checks import Sequences, check_inputs
 from loglinear.ops.plan import plan_counts
 from loglinear.ops.state import LogLinearState
-from loglinear.ops.triton.config import LEAST_VALUE, STATE_SIZES, VALUE_SIZES, Sizes
+from loglinear.ops.triton.config import LARGEST_FP32_STATE, LEAST_VALUE, STATE_SIZES, VALUE_SIZES, Sizes
 from loglinear.ops.triton.decay_backward import decay_gradients
 from loglinear.ops.triton.edges import final_state, read_initial_state
 from loglinear.ops.triton.intra_backward import intra_gradients
@@ -31,8 +31,10 @@ Tensor = torch.Tensor
 
 def supports(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels are known to work for the sizes and the dtype of q [B, T, G, N] and v [B, T, H, P]."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return v.dtype in dtypes and q.shape[-1] in STATE_SIZES and v.shape[-1] in VALUE_SIZES
+    if v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    largest = max(STATE_SIZES) if v.dtype == torch.bfloat16 else LARGEST_FP32_STATE
+    return q.shape[-1] in STATE_SIZES and q.shape[-1] <= largest and v.shape[-1] in VALUE_SIZES
 
 
 def triton_log_linear_attention(
