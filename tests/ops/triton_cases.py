@@ -44,6 +44,7 @@ CASES: dict[str, Callable[[], Inputs]] = {
     "levels of a short sequence": lambda: random_inputs(0, 1, 20, replace(SMALL, levels=6)),
     "several rows, ragged": lambda: random_inputs(1, 2, 300, SMALL),
     "whole chunks": lambda: random_inputs(1, 1, 512, SMALL),
+    "a deep tree": lambda: random_inputs(1, 1, 2200, replace(SMALL, heads=1, levels=13)),
     "groups": lambda: random_inputs(2, 1, 200, replace(SMALL, groups=2, heads=4)),
     "heads that are no power of two": lambda: random_inputs(2, 1, 140, replace(SMALL, heads=3)),
     "sizes": lambda: random_inputs(2, 1, 200, replace(SMALL, state_dim=32, head_dim=64)),

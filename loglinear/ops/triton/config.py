@@ -36,7 +36,7 @@ class Sizes:
     @property
     def flat_block(self) -> int:
         """Numbers of a state that a program handles at once."""
-        return min(self.flat, 8192)
+        return min(self.flat, 2048)
 
     @property
     def precision(self) -> str:
