@@ -12,7 +12,7 @@ from torch import nn
 
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
-from loglinear.ops.neighbours import causal_conv_silu, silu_product, skip_gate_norm
+from loglinear.ops.neighbours import causal_conv_silu, rms_norm, silu_product, skip_gate_norm
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,19 @@ class GatedRMSNorm(nn.Module):
     ) -> torch.Tensor:
         """Shapes [B, T, H, P] in and out, and [H]."""
         return skip_gate_norm(o_bthp, v_bthp, z_bthp, skip_h, self.weight, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight. Source: arXiv 1910.07467."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """Shapes [B, T, D] in and out."""
+        return rms_norm(x_btd, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

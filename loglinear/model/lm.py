@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from loglinear.config import ModelConfig
 from loglinear.model.attention import KeyValueCache
 from loglinear.model.block import Block
-from loglinear.model.layers import Documents
+from loglinear.model.layers import Documents, RMSNorm
 from loglinear.model.mixer import MixerState
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

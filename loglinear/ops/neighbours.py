@@ -130,6 +130,16 @@ def adaptive_scales(
     return F.softplus(at_least_fp32(F.linear(hidden_bthm, weight2_lm, bias2_l)))
 
 
+def rms_norm(x: torch.Tensor, weight_d: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension [..., D]. Source: arXiv 1910.07467."""
+    if _has_kernels(x):
+        from loglinear.ops.triton import rms_norm as kernels
+
+        if len(weight_d) <= kernels.MOST_WIDTH:
+            return kernels.rms_norm(x.flatten(0, -2).contiguous(), weight_d, eps).view(x.shape)
+    return F.rms_norm(x, weight_d.shape, weight_d, eps)
+
+
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [..., D] each. Source: arXiv 2002.05202."""
     if _has_kernels(gate):

@@ -15,7 +15,7 @@ import torch
 from torch.library import opcheck
 
 from loglinear.ops import neighbours
-from loglinear.ops.triton import convolution, cross_entropy, discretise, gated_norm, lambda_mlp
+from loglinear.ops.triton import convolution, cross_entropy, discretise, gated_norm, lambda_mlp, rms_norm
 from tests.ops.op_cases import relative_error
 from tests.ops.triton_cases import OPERATOR_CHECKS
 
@@ -56,6 +56,10 @@ def _loss(logits: torch.Tensor) -> Case:
     return Case(lambda x: neighbours.cross_entropy(x, labels.to(x.device)), (logits,))
 
 
+def _rms_norm(x, weight):
+    return neighbours.rms_norm(x, weight, EPS)
+
+
 def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
     """Each with fresh random numbers; sizes that fill no block, and on a GPU those of a model."""
     channels, size, levels, hidden = (70, 24, 14, 32) if not on_gpu else (1024, 64, 17, 64)
@@ -81,6 +85,7 @@ def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
     yield "lambda", Case(neighbours.adaptive_scales, (normal(2, tokens, 3, levels), *mlp))
     few = (normal(16, 5) / 2, normal(16), normal(5, 16) / 4, normal(5))
     yield "lambda of few levels", Case(neighbours.adaptive_scales, (normal(1, 40, 2, 5), *few))
+    yield "RMSNorm", Case(_rms_norm, (normal(2, tokens, channels), normal(channels)))
     yield "cross-entropy", _loss(normal(tokens, 37 * channels))
     if on_gpu:  # a library's
         yield "silu product", Case(neighbours.silu_product, (normal(2, tokens, channels), normal(2, tokens, channels)))
@@ -114,6 +119,7 @@ def check_operators() -> None:
         (gated_norm.skip_gate_norm, (o, v, z, normal(2), normal(8), EPS)),
         (discretise.discretise, (normal(20, 2), normal(2), normal(2), v)),
         (lambda_mlp.lambda_mlp, (normal(40, 5), *layers)),
+        (rms_norm.rms_norm, (normal(20, 9), normal(9), EPS)),
         (cross_entropy.cross_entropy, (normal(20, 9), torch.arange(20) % 10 - 1)),
     ):
         wanting = [

@@ -62,8 +62,9 @@ def triton_log_linear_attention(
     g_th = g.float().flatten(0, 1).contiguous()
     scales_thl = None if level_scales is None else level_scales.flatten(0, 1).contiguous()
     lengths, starts = list(sequences.lengths), list(sequences.starts)
-    padded_thp = F.pad(v_thp, (0, max(0, LEAST_VALUE - v_thp.shape[2])))
-    o_thp = _forward(q_tgn, k_tgn, padded_thp, g_th, scales_thl, lengths, starts, scale)[0][..., : v_thp.shape[2]]
+    values = v.shape[3]
+    padded_thp = v_thp if values >= LEAST_VALUE else F.pad(v_thp, (0, LEAST_VALUE - values))
+    o_thp = _forward(q_tgn, k_tgn, padded_thp, g_th, scales_thl, lengths, starts, scale)[0][..., :values]
     with torch.autocast(v.device.type, enabled=False):
         if initial_state is not None:
             o_thp = read_initial_state(o_thp, q_tgn, g_th, scales_thl, scale, initial_state, sequences)
