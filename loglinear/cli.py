@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,14 @@ Overrides = Annotated[
     typer.Argument(help="Settings to change, such as optimizer.lr=1e-3.", metavar="[SECTION.KEY=VALUE]..."),
 ]
 RunDir = Annotated[Path, typer.Argument(help="The folder of a training run (its run.dir).", metavar="RUN_DIR")]
+
+
+class ExportFormat(StrEnum):
+    """What `loglinear export` writes."""
+
+    SAFETENSORS = "safetensors"
+    HF = "hf"
+
 
 app = typer.Typer(
     help="Pretrain language models with adaptive log-linear attention.",
@@ -69,9 +78,17 @@ def evaluate(
 
 @app.command()
 def export(
-    run_dir: RunDir, out: Annotated[Path, typer.Argument(help="The safetensors file to write.", metavar="OUT")]
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(help="The file to write, or the folder for hf.", metavar="OUT")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="Weights alone, or all that transformers loads.")] = (
+        ExportFormat.SAFETENSORS
+    ),
 ) -> None:
-    """Write the whole fp32 weights of a run's last checkpoint into one safetensors file."""
+    """Write a run's last checkpoint as one safetensors file of fp32 weights, or as a Hugging Face folder."""
+    if form is ExportFormat.HF:
+        from loglinear.hf.export import export_hf
+
+        return export_hf(run_dir, out)
     from loglinear.checkpoint import export_weights, read_latest
     from loglinear.train.folder import RunFolder
 

@@ -48,11 +48,15 @@ MixerName = Literal["log_linear", "softmax"]
 
 
 class RunConfig(Section):
-    """What a run is called, where it writes (`dir`, by default runs/`name`), and what its weights start from."""
+    """What a run is called, where it writes (`dir`, by default runs/`name`), and what its weights start from.
+
+    `init_from` is what `loglinear export` wrote, of either format; without it they are drawn from `seed`.
+    """
 
     name: str = "run"
     dir: Path | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
+    init_from: Path | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -298,7 +302,8 @@ class Config(Section):
         if tokenizer.path is not None:
             tokenizer = tokenizer.model_copy(update={"path": tokenizer.path.absolute()})
         data = self.data.model_copy(update={"dir": self.data.dir.absolute(), "tokenizer": tokenizer})
-        run = self.run.model_copy(update={"dir": self.run.folder.absolute()})
+        init_from = None if self.run.init_from is None else self.run.init_from.absolute()
+        run = self.run.model_copy(update={"dir": self.run.folder.absolute(), "init_from": init_from})
         return self.model_copy(update={"data": data, "run": run})
 
     def to_yaml(self) -> str:

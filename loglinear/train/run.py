@@ -23,7 +23,7 @@ from data_pipeline.manifest import tokenizer_path
 from data_pipeline.prepared import complete_index, open_tokenizer
 from data_pipeline.state import DataState
 from loglinear import __version__
-from loglinear.checkpoint import CheckpointStore, Snapshot, load_weights
+from loglinear.checkpoint import CheckpointStore, Snapshot, load_exported, load_weights
 from loglinear.config import Config
 from loglinear.errors import UserError
 from loglinear.model import LanguageModel
@@ -149,8 +149,11 @@ class _Run:
     def _make_engine(self, snapshot: Snapshot | None) -> Engine:
         config = self.config
         model = parallel_model(self.mesh, config, fresh=snapshot is None)
+        init_from = config.run.init_from
         if snapshot is not None:
             load_weights(snapshot.folder, model)
+        elif init_from is not None:
+            self.world.together(lambda: load_exported(init_from, model))
         engine = Engine(model, config, self.mesh)
         if snapshot is not None:
             self.store.restore(snapshot, engine.deepspeed)
