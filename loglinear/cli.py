@@ -68,12 +68,24 @@ def plan(
 @app.command(name="eval")
 def evaluate(
     run_dir: RunDir,
-    samples: Annotated[int | None, typer.Option(min=1, help="Sequences to use; all if not given.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences or examples to use; all if not given.")] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="By the place of a token in its document.")
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of the lm-evaluation-harness, such as piqa,arc_easy.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with the YAML files of your own tasks.")] = None,
 ) -> None:
-    """Held-out loss of a run's last checkpoint."""
+    """Held-out loss of a run's last checkpoint, or what it achieves in tasks."""
+    if tasks is not None:
+        from loglinear.hf.harness import evaluate_tasks
+
+        evaluate_tasks(run_dir, tasks.split(","), include, samples)
+        return
     from loglinear.train.inference import evaluate_run
 
-    evaluate_run(run_dir, samples)
+    evaluate_run(run_dir, samples, by_position)
 
 
 @app.command()
@@ -88,7 +100,8 @@ def export(
     if form is ExportFormat.HF:
         from loglinear.hf.export import export_hf
 
-        return export_hf(run_dir, out)
+        export_hf(run_dir, out)
+        return
     from loglinear.checkpoint import export_weights, read_latest
     from loglinear.train.folder import RunFolder
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, processors
 
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_models import PROBE, SPACE_MARK
@@ -25,8 +25,10 @@ PROBES = (PROBE, "", " ", "   a", "a\n\n  b \n", "def f(x):\n\treturn x  # \u00f
 def fast_tokenizer(path: Path, bos: str | None) -> tokenizers.Tokenizer:
     """The tokenizer in `path` for Hugging Face's library; it puts bos first unless it is told to add nothing.
 
+    Of a unigram model's segmentations that are equally likely, it may take another one.
+
     Args:
-        path: a sentencepiece model or a `tokenizer.json`.
+        path: a sentencepiece model that leaves text as it is, or a `tokenizer.json`.
         bos: the piece that starts a document, where a `tokenizer.json` does not tell it.
 
     Raises:
@@ -45,7 +47,9 @@ def fast_tokenizer(path: Path, bos: str | None) -> tokenizers.Tokenizer:
     fast.encode_special_tokens = True  # what looks like one in a text is text
     for probe in PROBES:
         if fast.encode(probe, add_special_tokens=False).ids != ours.encode(probe):
-            raise UserError(f"{path} cannot be converted: its normalisation would give other tokens for {probe!r}")
+            raise UserError(
+                f"{path} cannot be converted: it changes text first, and would give other tokens for {probe!r}"
+            )
     return fast
 
 
@@ -58,15 +62,14 @@ def _from_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
     fast.add_special_tokens([piece for piece, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
     fixed = [AddedToken(piece, normalized=False) for piece, _, kind in pieces if kind == USER_DEFINED]
     fast.add_tokens(fixed)
-    if proto.normalizer_spec.precompiled_charsmap:
-        fast.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)  # pyright: ignore
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # pyright: ignore
     return fast
 
 
 def _model(trainer: Any, pieces: list[tuple[str, float, int]]) -> Any:
     if trainer.model_type == UNIGRAM:
-        scored = [(piece, score) for piece, score, _ in pieces]
+        # Text that looks like "<s>" or "<0x41>" is text: any other way to write it is better.
+        scored = [(piece, score if kind in (NORMAL, USER_DEFINED) else -1e6) for piece, score, kind in pieces]
         return models.Unigram(scored, unk_id=trainer.unk_id, byte_fallback=True)
     if trainer.model_type == BPE:
         ids = {piece: number for number, (piece, _, _) in enumerate(pieces)}

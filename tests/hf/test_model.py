@@ -213,5 +213,5 @@ def test_weights_of_another_model_are_refused(prepared: DataConfig, tmp_path: Pa
         UserError, match=r"holds blocks.0.mlp.gate.weight with shape \[20, 16\], but this model has \[24"
     ):
         load_exported(folder, build_model(tiny(vocab_size=VOCAB, mlp_dim=24), 0))
-    with pytest.raises(UserError, match="run.init_from: cannot read weights from"):
+    with pytest.raises(UserError, match=r"run\.init_from: cannot read weights from"):
         load_exported(tmp_path / "absent", build_model(tiny(), 0))
