@@ -35,6 +35,7 @@ __all__ = [
     "Section",
     "SoftmaxConfig",
     "SourceConfig",
+    "StabilityConfig",
     "StageConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -220,6 +221,17 @@ class MonitorConfig(Section):
     levels_every: PositiveInt = 100
 
 
+class StabilityConfig(Section):
+    """A step is refused if its loss or gradient norm is not finite, or a spike: `spike` robust deviations above the
+    median of the last `window` steps. After `rollback_after` refusals in a row the run goes back to its last checkpoint
+    and on with later data.
+    """
+
+    window: int = Field(default=128, ge=8)
+    spike: float = Field(default=10.0, gt=0)
+    rollback_after: PositiveInt = 3
+
+
 class CheckpointConfig(Section):
     """Saved every `every` steps; the last `keep_last` are kept, and those whose step is a multiple of `keep_every`."""
 
@@ -246,6 +258,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     monitor: MonitorConfig = MonitorConfig()
+    stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
