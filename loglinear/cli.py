@@ -210,6 +210,28 @@ def kernels(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = P
     bench_kernels(out)
 
 
+Configs = Annotated[
+    list[Path], typer.Argument(help="YAML files of runs; the last is the baseline.", metavar="CONFIG...")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")]
+
+
+@bench_app.command(name="decode")
+def bench_decode_command(
+    configs: Configs,
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-decode"),
+    contexts: Annotated[str, typer.Option(help="Tokens read before.")] = "1024,4096,16384,65536,131072,262144,1048576",
+    batches: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1,64",
+    device: Device = None,
+) -> None:
+    """Time and memory of decoding a token behind long contexts, beside a baseline."""
+    from loglinear.bench.decode import bench_decode
+    from loglinear.config import load_config
+
+    sizes = [tuple(map(int, given.split(","))) for given in (contexts, batches)]
+    bench_decode([load_config(config) for config in configs], sizes[0], sizes[1], device, out)
+
+
 @bench_app.command(name="data")
 def bench_data_command(
     out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-data"),

@@ -32,6 +32,11 @@ class KeyValueCache:
     v_bshp: torch.Tensor
     lengths: torch.Tensor
 
+    def append(self, k_bthp: torch.Tensor, v_bthp: torch.Tensor, tokens: torch.Tensor) -> KeyValueCache:
+        """The cache with T columns more; `tokens` int64 [B] of each row's are no padding. This one stays as it is."""
+        k_bshp, v_bshp = torch.cat([self.k_bshp, k_bthp], 1), torch.cat([self.v_bshp, v_bthp], 1)
+        return KeyValueCache(k_bshp, v_bshp, self.lengths + tokens)
+
 
 class SoftmaxCore(nn.Module):
     """Attention itself; without weights, so that another can take its place."""
@@ -120,14 +125,13 @@ def _attend_and_keep(
     else:
         new = documents.cu_seqlens.diff().to(torch.int64)
         q_bthp, k_bthp, v_bthp = (_to_rows(documents.pieces(x)) for x in (q_bthp, k_bthp, v_bthp))
-    lengths = cache.lengths + new
-    k_bshp, v_bshp = torch.cat([cache.k_bshp, k_bthp], 1), torch.cat([cache.v_bshp, v_bthp], 1)
-    ragged = lengths if int(lengths.min()) < k_bshp.shape[1] else None
-    o_bthp = causal_attention(q_bthp, k_bshp, v_bshp, ragged)
+    cache = cache.append(k_bthp, v_bthp, new)
+    ragged = cache.lengths if int(cache.lengths.min()) < cache.k_bshp.shape[1] else None
+    o_bthp = causal_attention(q_bthp, cache.k_bshp, cache.v_bshp, ragged)
     if documents.cu_seqlens is not None:
         rows = zip(o_bthp, new.tolist(), strict=True)
         o_bthp = torch.cat([o_thp[len(o_thp) - length :] for o_thp, length in rows])[None]
-    return o_bthp, KeyValueCache(k_bshp, v_bshp, lengths)
+    return o_bthp, cache
 
 
 def _to_rows(pieces: list[torch.Tensor]) -> torch.Tensor:
