@@ -232,6 +232,22 @@ def bench_decode_command(
     bench_decode([load_config(config) for config in configs], sizes[0], sizes[1], device, out)
 
 
+@bench_app.command(name="model")
+def bench_model_command(
+    configs: Configs,
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-model"),
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "2048,4096,8192,16384,32768,65536,131072",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step, unless one sequence is longer.")] = 32768,
+    device: Device = None,
+) -> None:
+    """Throughput, utilisation and peak memory of whole training steps on one device, beside a baseline."""
+    from loglinear.bench.model import bench_model
+    from loglinear.config import load_config
+
+    sizes = tuple(map(int, lengths.split(",")))
+    bench_model([load_config(config) for config in configs], sizes, tokens, device, out)
+
+
 @bench_app.command(name="data")
 def bench_data_command(
     out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-data"),

@@ -62,7 +62,7 @@ class PreallocatedCache(KeyValueCache):
     buffers: tuple[torch.Tensor, torch.Tensor]
 
     def append(self, k_bthp: torch.Tensor, v_bthp: torch.Tensor, tokens: torch.Tensor) -> PreallocatedCache:
-        """Columns more, in place; an older cache of the same buffers must not be appended to again."""
+        """With [B, T, H, P] more, in place; an older cache of the same buffers must not be appended to again."""
         start, end = self.k_bshp.shape[1], self.k_bshp.shape[1] + k_bthp.shape[1]
         for buffer_bshp, new_bthp in zip(self.buffers, (k_bthp, v_bthp), strict=True):
             buffer_bshp[:, start:end] = new_bthp

@@ -26,6 +26,7 @@ from loglinear.checkpoint import CheckpointStore, Snapshot, load_exported, load_
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.model.generation import generate
+from loglinear.ops.peak import TRAINING_FLOPS, peak_flops
 from loglinear.parallel import Mesh, make_mesh, parallel_model, start_world
 from loglinear.train.console import TrainConsole
 from loglinear.train.curve import draw_losses
@@ -38,7 +39,7 @@ from loglinear.train.monitor import Monitor
 from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import StopRequest
 from loglinear.train.stability import Guard, Rollbacks
-from loglinear.train.timing import TRAINING_FLOPS, StepTimer, peak_flops
+from loglinear.train.timing import StepTimer
 
 RECORDED_VERSIONS = ("torch", "deepspeed")
 
