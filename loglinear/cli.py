@@ -65,6 +65,22 @@ def plan(
     print_plan(make_plan(settings, ranks))
 
 
+@app.command()
+def profile(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to record.")] = 3,
+    out: Annotated[Path, typer.Option(help="Where the trace and the snapshot go.")] = Path("runs/profile"),
+) -> None:
+    """Record a few training steps on random tokens: a Chrome trace, and on a GPU a memory snapshot."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from loglinear.train.profile import profile_steps
+
+    profile_steps(settings, out, steps)
+
+
 @app.command(name="eval")
 def evaluate(
     run_dir: RunDir,

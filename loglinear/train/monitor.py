@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from loglinear.config import Config
 from loglinear.train.engine import StepResult
 from loglinear.train.folder import RunFolder, truncate_metrics
+from loglinear.train.layout import layout
 from loglinear.train.level_scales import LevelScaleStatistics
 
 
@@ -36,6 +37,7 @@ class Monitor:
         self._writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
         if start == 0:
             self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
+            self._writer.add_custom_scalars(layout(config.model))
         self._flops_per_token, self._peak = flops_per_token, peak
         self._since, self._tokens = time.perf_counter(), 0
         self.tokens_per_second = 0.0
