@@ -114,12 +114,13 @@ class _Run:
                 if self.guard.gives_up or (ends and self.guard.in_a_row):
                     step = self._roll_back(step, f"{result.refusal}")
                     continue
-                if step % config.eval.every == 0 or ends:
+                looks = step % config.eval.every == 0 or ends
+                if (looks or self.save_due) and not self.store.is_sound(self.engine.deepspeed):
+                    step = self._roll_back(step, "a weight or moment is not finite")
+                    continue
+                if looks:
                     self._aside(self._evaluate, step)
                 if self.save_due and not self.guard.in_a_row:  # weights that may be to blame are no good checkpoint
-                    if not self.store.is_sound(self.engine.deepspeed):
-                        step = self._roll_back(step, "a weight or moment is not finite")
-                        continue
                     self._aside(self._save, step)
                 if result.stop and not ends:
                     saved = "the last checkpoint" if self.save_due else "there"

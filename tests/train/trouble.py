@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import TrainLoader, _Share
-from loglinear.checkpoint.zero import Fragment, fragments, optimizer_step
+from loglinear.checkpoint.zero import fragments, optimizer_step
 from loglinear.config import Config
 from loglinear.train import run
 from loglinear.train.engine import Engine
@@ -67,24 +67,28 @@ def train_without(config: Config, step: int, window: int) -> None:
     run.train(config)
 
 
-def train_struck(config: Config, call: int, bit: int) -> None:
-    """Before call `call` of `Engine.step` a cosmic ray flips a bit of one master weight of the last rank."""
+def train_struck(config: Config, call: int, strike: Callable[[torch.Tensor], object]) -> None:
+    """Before call `call` of `Engine.step` something happens to one master weight, [1], of the last rank."""
     calls, plain_step = iter(range(1, 10_000)), Engine.step
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     def step(self: Engine, *args: Any) -> Any:
         if next(calls) == call and rank == ranks - 1:
-            flip(next(f for f in fragments(self.deepspeed) if f.name.endswith("mlp.down.weight")), bit)
+            own = next(piece for piece in fragments(self.deepspeed) if piece.name.endswith("mlp.down.weight"))
+            strike(own.tensors["weight"][:1])
         return plain_step(self, *args)
 
     Engine.step = step
     run.train(config)
 
 
-def flip(fragment: Fragment, bit: int) -> None:
-    """Flip a bit of the first element of the weight: 30 is the highest of an fp32's exponent."""
-    bits = fragment.tensors["weight"][:1].view(torch.int32)
-    bits.bitwise_xor_(1 << bit)
+def flip(weight: torch.Tensor) -> None:
+    """A cosmic ray: the highest bit of an fp32's exponent."""
+    weight.view(torch.int32).bitwise_xor_(1 << 30)
+
+
+def make_infinite(weight: torch.Tensor) -> None:
+    weight.fill_(math.inf)
 
 
 def train_scrambled(config: Config, first: int, last: int) -> None:
