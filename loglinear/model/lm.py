@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.config import ModelConfig
 from loglinear.errors import UserError
 from loglinear.model.attention import KeyValueCache
 from loglinear.model.block import Block
-from loglinear.model.layers import Documents
+from loglinear.model.layers import Documents, RMSNorm
 from loglinear.model.mixer import MixerState
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
 from loglinear.ops.lambda_map import LambdaMap
+from loglinear.ops.neighbours import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class CrossEntropy(nn.Module):
     """Summed over the labels that are not -100, in nats."""
 
     def forward(self, logits_btv: torch.Tensor, labels_bt: torch.Tensor) -> torch.Tensor:
-        """A scalar from fp32 logits [B, T, V] and int64 labels, as many."""
-        return F.cross_entropy(logits_btv.flatten(0, 1), labels_bt.flatten(), reduction="sum")
+        """A scalar, fp32 at least, from logits [B, T, V] and int64 labels, as many."""
+        return cross_entropy(logits_btv.flatten(0, 1), labels_bt.flatten())
 
 
 class LanguageModel(nn.Module):
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -83,9 +83,9 @@ class LanguageModel(nn.Module):
                 x_btd, _ = checkpoint(block, x_btd, documents, use_reentrant=True)  # pyright: ignore[reportGeneralTypeIssues]
             else:
                 x_btd, _ = block(x_btd, documents)
-        logits_btv = at_least_fp32(self.head(self.norm(x_btd)))
+        logits_btv = self.head(self.norm(x_btd))
         if labels_bt is None:
-            return self.whole_logits(logits_btv).view(batch, time, -1)
+            return self.whole_logits(at_least_fp32(logits_btv)).view(batch, time, -1)
         return self.loss(logits_btv, labels_bt)
 
     def initial_state(self, batch: int) -> DecodeState:
