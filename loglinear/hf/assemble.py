@@ -2,7 +2,8 @@
 
 The file is put together from the very sources that trained the model: there is no second implementation to keep in
 step. Imports of ours are dropped, since what they name stands further up in the file. An `if` that imports a kernel or
-another library that may be absent is dropped too: what follows it is the form in PyTorch.
+another library that may be absent is dropped too, and a function that does so, with every `if` that calls it: what
+follows such an `if` is the form in PyTorch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ENTRY = "loglinear.hf.modeling"
@@ -106,20 +107,29 @@ def _types(trees: dict[str, ast.Module]) -> list[str]:
 
 def _body(source: str, tree: ast.Module) -> str:
     """A module without its imports and without branches that import what may be absent."""
+    absent = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and _imports_others(node.body)}
     dropped = {
         line
         for node in ast.walk(tree)
-        if (isinstance(node, ast.Import | ast.ImportFrom) and node in tree.body) or _may_be_absent(node)
+        if _is_dropped(node, tree, absent)
         for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)  # pyright: ignore[reportAttributeAccessIssue]
     }
     lines = source.splitlines()
     return "\n".join(line for number, line in enumerate(lines, 1) if number not in dropped).strip() + "\n"
 
 
-def _may_be_absent(node: ast.AST) -> bool:
-    """Whether it is an `if` that imports anything but the standard library and `ALLOWED`."""
-    if not isinstance(node, ast.If):
-        return False
-    inner = [part for part in ast.walk(node) if isinstance(part, ast.Import | ast.ImportFrom)]
-    names = {part.module or "" if isinstance(part, ast.ImportFrom) else part.names[0].name for part in inner}
+def _is_dropped(node: ast.AST, tree: ast.Module, absent: set[str]) -> bool:
+    """Whether it is an import, or imports what may be absent, or asks for a function in `absent` that does."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return node in tree.body
+    if isinstance(node, ast.FunctionDef):
+        return node.name in absent
+    asked = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return isinstance(node, ast.If) and (_imports_others(ast.walk(node)) or bool(asked & absent))
+
+
+def _imports_others(nodes: Iterable[ast.AST]) -> bool:
+    """Whether one of them imports anything but the standard library and `ALLOWED`."""
+    inner = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in inner}
     return bool({name.split(".")[0] for name in names} - ALLOWED - sys.stdlib_module_names)

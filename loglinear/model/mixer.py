@@ -166,10 +166,9 @@ def _convolve(
     """The convolution of each document behind its past: packed ones one by one, since each has a past of its own."""
     if past_swc is None or documents.cu_seqlens is None:
         return conv(x_btc, documents, past_swc)
-    alone = Documents(documents.positions_bt, documents.length)
-    return torch.cat(
-        [conv(x, alone, past) for x, past in zip(documents.pieces(x_btc), past_swc.split(1), strict=True)], 1
-    )
+    positions = documents.pieces(documents.positions_bt)
+    alone = (Documents(positions_1t, documents.length) for positions_1t in positions)
+    return torch.cat(list(map(conv, documents.pieces(x_btc), alone, past_swc.split(1))), 1)
 
 
 def _recent(
