@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,14 @@ Overrides = Annotated[
     typer.Argument(help="Settings to change, such as optimizer.lr=1e-3.", metavar="[SECTION.KEY=VALUE]..."),
 ]
 RunDir = Annotated[Path, typer.Argument(help="The folder of a training run (its run.dir).", metavar="RUN_DIR")]
+
+
+class ExportFormat(StrEnum):
+    """What `loglinear export` writes."""
+
+    SAFETENSORS = "safetensors"
+    HF = "hf"
+
 
 app = typer.Typer(
     help="Pretrain language models with adaptive log-linear attention.",
@@ -56,22 +65,59 @@ def plan(
     print_plan(make_plan(settings, ranks))
 
 
+@app.command()
+def profile(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to record.")] = 3,
+    out: Annotated[Path, typer.Option(help="Where the trace and the snapshot go.")] = Path("runs/profile"),
+) -> None:
+    """Record a few training steps on random tokens: a Chrome trace, and on a GPU a memory snapshot."""
+    from loglinear.config import load_config
+
+    settings = load_config(config, overrides or ())
+    from loglinear.train.profile import profile_steps
+
+    profile_steps(settings, out, steps)
+
+
 @app.command(name="eval")
 def evaluate(
     run_dir: RunDir,
-    samples: Annotated[int | None, typer.Option(min=1, help="Sequences to use; all if not given.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences or examples to use; all if not given.")] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="By the place of a token in its document.")
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of the lm-evaluation-harness, such as piqa,arc_easy.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with the YAML files of your own tasks.")] = None,
 ) -> None:
-    """Held-out loss of a run's last checkpoint."""
+    """Held-out loss of a run's last checkpoint, or what it achieves in tasks."""
+    if tasks is not None:
+        from loglinear.hf.harness import evaluate_tasks
+
+        evaluate_tasks(run_dir, tasks.split(","), include, samples)
+        return
     from loglinear.train.inference import evaluate_run
 
-    evaluate_run(run_dir, samples)
+    evaluate_run(run_dir, samples, by_position)
 
 
 @app.command()
 def export(
-    run_dir: RunDir, out: Annotated[Path, typer.Argument(help="The safetensors file to write.", metavar="OUT")]
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(help="The file to write, or the folder for hf.", metavar="OUT")],
+    form: Annotated[ExportFormat, typer.Option("--format", help="Weights alone, or all that transformers loads.")] = (
+        ExportFormat.SAFETENSORS
+    ),
 ) -> None:
-    """Write the whole fp32 weights of a run's last checkpoint into one safetensors file."""
+    """Write a run's last checkpoint as one safetensors file of fp32 weights, or as a Hugging Face folder."""
+    if form is ExportFormat.HF:
+        from loglinear.hf.export import export_hf
+
+        export_hf(run_dir, out)
+        return
     from loglinear.checkpoint import export_weights, read_latest
     from loglinear.train.folder import RunFolder
 
@@ -178,6 +224,44 @@ def kernels(out: Annotated[Path, typer.Option(help="Where the numbers go.")] = P
     from loglinear.bench.kernels import bench_kernels
 
     bench_kernels(out)
+
+
+Configs = Annotated[
+    list[Path], typer.Argument(help="YAML files of runs; the last is the baseline.", metavar="CONFIG...")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")]
+
+
+@bench_app.command(name="decode")
+def bench_decode_command(
+    configs: Configs,
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-decode"),
+    contexts: Annotated[str, typer.Option(help="Tokens read before.")] = "1024,4096,16384,65536,131072,262144,1048576",
+    batches: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1,64",
+    device: Device = None,
+) -> None:
+    """Time and memory of decoding a token behind long contexts, beside a baseline."""
+    from loglinear.bench.decode import bench_decode
+    from loglinear.config import load_config
+
+    sizes = [tuple(map(int, given.split(","))) for given in (contexts, batches)]
+    bench_decode([load_config(config) for config in configs], sizes[0], sizes[1], device, out)
+
+
+@bench_app.command(name="model")
+def bench_model_command(
+    configs: Configs,
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-model"),
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "2048,4096,8192,16384,32768,65536,131072",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step, unless one sequence is longer.")] = 32768,
+    device: Device = None,
+) -> None:
+    """Throughput, utilisation and peak memory of whole training steps on one device, beside a baseline."""
+    from loglinear.bench.model import bench_model
+    from loglinear.config import load_config
+
+    sizes = tuple(map(int, lengths.split(",")))
+    bench_model([load_config(config) for config in configs], sizes, tokens, device, out)
 
 
 @bench_app.command(name="data")

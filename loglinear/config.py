@@ -35,6 +35,7 @@ __all__ = [
     "Section",
     "SoftmaxConfig",
     "SourceConfig",
+    "StabilityConfig",
     "StageConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -48,11 +49,15 @@ MixerName = Literal["log_linear", "softmax"]
 
 
 class RunConfig(Section):
-    """What a run is called, where it writes (`dir`, by default runs/`name`), and what its weights start from."""
+    """What a run is called, where it writes (`dir`, by default runs/`name`), and what its weights start from.
+
+    `init_from` is what `loglinear export` wrote, of either format; without it they are drawn from `seed`.
+    """
 
     name: str = "run"
     dir: Path | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
+    init_from: Path | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -216,6 +221,17 @@ class MonitorConfig(Section):
     levels_every: PositiveInt = 100
 
 
+class StabilityConfig(Section):
+    """A step is refused if its loss or gradient norm is not finite, or a spike: `spike` robust deviations above the
+    median of the last `window` steps. After `rollback_after` refusals in a row the run goes back to its last checkpoint
+    and on with later data.
+    """
+
+    window: int = Field(default=128, ge=8)
+    spike: float = Field(default=10.0, gt=0)
+    rollback_after: PositiveInt = 3
+
+
 class CheckpointConfig(Section):
     """Saved every `every` steps; the last `keep_last` are kept, and those whose step is a multiple of `keep_every`."""
 
@@ -242,6 +258,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     monitor: MonitorConfig = MonitorConfig()
+    stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
@@ -298,7 +315,8 @@ class Config(Section):
         if tokenizer.path is not None:
             tokenizer = tokenizer.model_copy(update={"path": tokenizer.path.absolute()})
         data = self.data.model_copy(update={"dir": self.data.dir.absolute(), "tokenizer": tokenizer})
-        run = self.run.model_copy(update={"dir": self.run.folder.absolute()})
+        init_from = None if self.run.init_from is None else self.run.init_from.absolute()
+        run = self.run.model_copy(update={"dir": self.run.folder.absolute(), "init_from": init_from})
         return self.model_copy(update={"data": data, "run": run})
 
     def to_yaml(self) -> str:

@@ -1,6 +1,16 @@
 """Crash-safe sharded checkpoints in a format of their own: safetensors and JSON, loadable at any number of ranks."""
 
 from loglinear.checkpoint.store import CheckpointStore, Snapshot, read_latest
-from loglinear.checkpoint.weights import export_weights, load_weights
+from loglinear.checkpoint.weights import export_weights, load_exported, load_weights
+from loglinear.checkpoint.zero import grad_norm, require_moments
 
-__all__ = ["CheckpointStore", "Snapshot", "export_weights", "load_weights", "read_latest"]
+__all__ = [
+    "CheckpointStore",
+    "Snapshot",
+    "export_weights",
+    "grad_norm",
+    "load_exported",
+    "load_weights",
+    "read_latest",
+    "require_moments",
+]

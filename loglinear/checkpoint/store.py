@@ -14,7 +14,7 @@ from loglinear.checkpoint import files
 from loglinear.checkpoint.blocks import Block
 from loglinear.checkpoint.random_state import random_state, restore_random_state
 from loglinear.checkpoint.weights import PieceReader, tensor_name
-from loglinear.checkpoint.zero import Fragment, fragments, optimizer_step, set_optimizer_step
+from loglinear.checkpoint.zero import Fragment, all_finite, fragments, optimizer_step, set_optimizer_step
 from loglinear.config import CheckpointConfig
 from loglinear.errors import UserError
 from loglinear.parallel import Mesh
@@ -84,6 +84,11 @@ class CheckpointStore:
         if self._world.rank < snapshot.state["ranks"]:
             with files.open_shard(snapshot.folder, files.shard_name(self._world.rank)) as shard:
                 restore_random_state(shard)
+
+    def is_sound(self, engine: Any) -> bool:
+        """Whether all weights and moments on all ranks are finite: nothing else may become a checkpoint."""
+        (broken,) = self._world.sum(not all_finite(engine))
+        return broken == 0
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
         """Save after `step` steps; `state` goes into `state.json`. Returns the checkpoint's folder.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,6 +19,7 @@ from loglinear.errors import UserError
 from loglinear.parallel.shard import Shard, shard_of
 
 READ_AT_ONCE = 1 << 20  # elements
+EXPORTED, PREFIX = "model.safetensors", "model."  # of the file and of names in Hugging Face's layout
 
 
 class PieceReader:
@@ -92,11 +94,23 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         UserError: the checkpoint's parameters are not the model's.
     """
     with PieceReader(folder) as reader, torch.no_grad():
-        _check_parameters(folder, reader, model)
+        _check_parameters(folder, {name: entry["shape"] for name, entry in reader.parameters.items()}, model)
         for name, parameter in model.named_parameters():
             flat = parameter.view(-1) if parameter.dtype == torch.float32 else torch.empty(parameter.numel())
             reader.read_into(flat, name, shard_of(parameter), 0, WEIGHT)
             parameter.copy_(flat.view_as(parameter))
+
+
+def whole_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every parameter of a complete checkpoint by its name: fp32 [its shape]."""
+    weights = {}
+    with PieceReader(folder) as reader:
+        for name, entry in reader.parameters.items():
+            shape = tuple(entry["shape"])
+            flat = torch.empty(torch.Size(shape).numel())
+            reader.read_into(flat, name, Shard(shape, 0, 0, shape[0]), 0, WEIGHT)
+            weights[name] = flat.view(shape)
+    return weights
 
 
 def export_weights(folder: Path, out: Path) -> None:
@@ -105,13 +119,7 @@ def export_weights(folder: Path, out: Path) -> None:
     Raises:
         UserError: `out` cannot be written.
     """
-    with PieceReader(folder) as reader:
-        weights = {}
-        for name, entry in reader.parameters.items():
-            shape = tuple(entry["shape"])
-            flat = torch.empty(torch.Size(shape).numel())
-            reader.read_into(flat, name, Shard(shape, 0, 0, shape[0]), 0, WEIGHT)
-            weights[name] = flat.view(shape)
+    weights = whole_weights(folder)
     temporary = out.with_name(out.name + files.TEMPORARY)
     try:
         save_file(weights, temporary)
@@ -120,9 +128,33 @@ def export_weights(folder: Path, out: Path) -> None:
         raise UserError(f"cannot write {out} ({error.strerror}): choose another file") from None
 
 
-def _check_parameters(folder: Path, reader: PieceReader, model: nn.Module) -> None:
+def load_exported(path: Path, model: nn.Module) -> None:
+    """Fill a model, or a tensor rank's part of one, with weights that were exported.
+
+    Args:
+        path: a safetensors file, or a folder in Hugging Face's layout with one in it.
+        model: whose weights are filled.
+
+    Raises:
+        UserError: there is no such file, or its parameters are not the model's.
+    """
+    file = path / EXPORTED if path.is_dir() else path
+    try:
+        opened = safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"run.init_from: cannot read weights from {file} ({error}): name what export wrote") from None
+    with opened as saved, torch.no_grad():
+        names = {name.removeprefix(PREFIX): name for name in saved.keys()}  # noqa: SIM118  # it is no dictionary
+        shapes = {name: saved.get_slice(full).get_shape() for name, full in names.items()}
+        _check_parameters(file, shapes, model)
+        for name, parameter in model.named_parameters():
+            shard = shard_of(parameter)
+            part = (slice(None),) * shard.dim + (slice(shard.start, shard.start + shard.size),)
+            parameter.copy_(saved.get_slice(names[name])[part])
+
+
+def _check_parameters(folder: Path, saved: dict[str, list[int]], model: nn.Module) -> None:
     own = {name: list(shard_of(parameter).shape) for name, parameter in model.named_parameters()}
-    saved = {name: entry["shape"] for name, entry in reader.parameters.items()}
     for name in _differing(own, saved):
         raise UserError(
             f"{folder} holds {name} with shape {saved.get(name)}, but this model has {own.get(name)}: "

@@ -36,7 +36,7 @@ class Fragment:
 
 def fragments(engine: Any) -> Iterator[Fragment]:
     """The pieces that this rank of a DeepSpeed engine owns; its tensor group may hold the same of uncut parameters."""
-    _require_moments(engine)
+    require_moments(engine)
     piece_of = _stage_3_piece if engine.zero_optimization_stage() == 3 else _stage_1_or_2_piece
     for name, parameter in engine.module.named_parameters():
         piece = piece_of(engine, parameter)
@@ -45,15 +45,29 @@ def fragments(engine: Any) -> Iterator[Fragment]:
             yield Fragment(name, shard_of(parameter), start, tensors)
 
 
+def all_finite(engine: Any) -> bool:
+    """Whether every weight and moment that this rank owns is a finite number."""
+    tensors = (view for fragment in fragments(engine) for view in fragment.tensors.values())
+    return all(bool(torch.isfinite(view).all()) for view in tensors)
+
+
+def grad_norm(engine: Any) -> float:
+    """L2 norm of the gradient before clipping, as soon as DeepSpeed has it: while the optimizer steps, and after.
+
+    It is infinite if the gradient is not finite; DeepSpeed has then left out the optimizer.
+    """
+    return float(engine.optimizer._global_grad_norm)
+
+
 def optimizer_step(engine: Any) -> int:
     """How many updates AdamW has made, for its bias correction."""
-    _require_moments(engine)
+    require_moments(engine)
     return int(_inner(engine).state[_masters(engine)[0]]["step"])
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Make AdamW continue as after `step` updates."""
-    _require_moments(engine)
+    require_moments(engine)
     for master in _masters(engine):
         _inner(engine).state[master]["step"].fill_(step)
 
@@ -69,7 +83,7 @@ def _masters(engine: Any) -> list[torch.Tensor]:
     return [master for group in _inner(engine).param_groups for master in group["params"]]
 
 
-def _require_moments(engine: Any) -> None:
+def require_moments(engine: Any) -> None:
     """Create AdamW's state as its first step would, so that it can be saved or filled before."""
     for master in _masters(engine):
         state = _inner(engine).state[master]

@@ -31,18 +31,31 @@ class Documents:
     cu_seqlens: torch.Tensor | None = None
 
     @staticmethod
-    def rows(batch: int, time: int, start: int, device: torch.device) -> Documents:
-        """Every row is one document, of which `start` tokens came before."""
-        positions_t = torch.arange(start, start + time, device=device)
-        return Documents(positions_t.expand(batch, time), start + time)
+    def rows(batch: int, time: int, start: int | torch.Tensor, device: torch.device) -> Documents:
+        """Every row is one document, of which `start` tokens came before: one number, or int64 [B] on the CPU."""
+        start_b1 = torch.as_tensor(start).expand(batch)[:, None]
+        positions_bt = (start_b1 + torch.arange(time)).to(device, non_blocking=True)
+        return Documents(positions_bt, int(start_b1.max()) + time)
 
     @staticmethod
-    def packed(cu_seqlens: torch.Tensor, device: torch.device) -> Documents:
-        """Documents side by side in one row: int32 boundaries [documents + 1] on the CPU, the last of them T."""
+    def packed(cu_seqlens: torch.Tensor, device: torch.device, starts: torch.Tensor | None = None) -> Documents:
+        """Documents side by side in one row.
+
+        Args:
+            cu_seqlens: int32 boundaries [documents + 1] on the CPU, the last of them T.
+            device: where the positions go.
+            starts: int64 [documents] on the CPU, tokens of each that came before; None for none.
+        """
         lengths = cu_seqlens.diff()
-        starts_t = cu_seqlens[:-1].to(torch.int64).repeat_interleave(lengths)
-        positions_t = torch.arange(len(starts_t)) - starts_t
-        return Documents(positions_t[None].to(device, non_blocking=True), int(lengths.max()), cu_seqlens)
+        starts = torch.zeros_like(lengths) if starts is None else starts
+        zero_t = (cu_seqlens[:-1] - starts).to(torch.int64).repeat_interleave(lengths)
+        positions_t = torch.arange(len(zero_t)) - zero_t
+        return Documents(positions_t[None].to(device, non_blocking=True), int((starts + lengths).max()), cu_seqlens)
+
+    def pieces(self, x_btc: torch.Tensor) -> list[torch.Tensor]:
+        """Each packed document's own part of x [1, T, ...]: as many tensors [1, length, ...]."""
+        assert self.cu_seqlens is not None
+        return list(x_btc.split(self.cu_seqlens.diff().tolist(), 1))
 
 
 class ShortConv(nn.Module):

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.config import ModelConfig
+from loglinear.errors import UserError
 from loglinear.model.attention import KeyValueCache
 from loglinear.model.block import Block
 from loglinear.model.layers import Documents, RMSNorm
@@ -24,10 +26,10 @@ from loglinear.ops.neighbours import cross_entropy
 
 @dataclass(frozen=True)
 class DecodeState:
-    """One state a layer, after `position` tokens."""
+    """One state a layer, and int64 [B] on the CPU: after how many tokens of each document."""
 
     layers: tuple[MixerState | KeyValueCache, ...]
-    position: int
+    positions: torch.Tensor
 
 
 class CrossEntropy(nn.Module):
@@ -89,7 +91,8 @@ class LanguageModel(nn.Module):
 
     def initial_state(self, batch: int) -> DecodeState:
         """The state before the first token of `batch` documents."""
-        return DecodeState(tuple(block.mixer.initial_state(batch) for block in self._blocks()), 0)
+        layers = tuple(block.mixer.initial_state(batch) for block in self._blocks())
+        return DecodeState(layers, torch.zeros(batch, dtype=torch.int64))
 
     def decode(self, tokens_bt: torch.Tensor, state: DecodeState) -> tuple[torch.Tensor, DecodeState]:
         """Read on from `state`: a prompt at once by the chunked form, a single token by the recurrent form.
@@ -101,15 +104,49 @@ class LanguageModel(nn.Module):
         Returns:
             fp32 logits [B, V] after the last token, and the state there.
         """
+        x_btd, state = self.read(tokens_bt, state)
+        return self.logits(x_btd[:, -1]), state
+
+    def read(
+        self, tokens_bt: torch.Tensor, state: DecodeState, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, DecodeState]:
+        """Read on from `state`, documents of different lengths too.
+
+        Args:
+            tokens_bt: token ids, int64 [B, T].
+            state: what came before.
+            lengths: int64 [B] on the CPU, tokens of each row, which stand in its last columns: what lies before them
+                is padding, and no token of that document came before it. None if there is no padding.
+
+        Returns:
+            [B, T, D], what `logits` takes (zero at padding), and the state after the last tokens.
+
+        Raises:
+            UserError: there is padding between the tokens of a document.
+        """
         batch, time = tokens_bt.shape
-        documents = Documents.rows(batch, time, state.position, tokens_bt.device)
+        if lengths is not None and bool(((lengths < time) & (state.positions > 0)).any()):
+            raise UserError("a row has padding behind its first tokens: pad on the left, before the first token")
+        is_token_bt = None
+        if lengths is None or int(lengths.min()) == time:
+            documents = Documents.rows(batch, time, state.positions, tokens_bt.device)
+        else:
+            bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            documents = Documents.packed(bounds, tokens_bt.device, state.positions)
+            is_token_bt = (torch.arange(time) >= time - lengths[:, None]).to(tokens_bt.device)
+            tokens_bt = tokens_bt[is_token_bt][None]
         x_btd = self.embedding(tokens_bt)
         layers = []
         for block, before in zip(self.blocks, state.layers, strict=True):
             x_btd, after = block(x_btd, documents, before)
             layers.append(after)
-        logits_bv = self.whole_logits(at_least_fp32(self.head(self.norm(x_btd[:, -1]))))
-        return logits_bv, DecodeState(tuple(layers), state.position + time)
+        if is_token_bt is not None:
+            x_btd = x_btd.new_zeros(batch, time, x_btd.shape[2]).masked_scatter(is_token_bt[..., None], x_btd)
+        return x_btd, DecodeState(tuple(layers), state.positions + (time if lengths is None else lengths))
+
+    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [..., V] of what the last block gave, [..., D]."""
+        return self.whole_logits(at_least_fp32(self.head(self.norm(x_btd))))
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of a token, averaged over a document of `seq_len` tokens; training costs three times it."""

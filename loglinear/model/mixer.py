@@ -29,7 +29,7 @@ class MixerState:
 
     Attributes:
         memory: the buckets, O(log T) matrices per head.
-        recent: inputs of the three convolutions at the last width - 1 tokens, [B, width - 1, channels] each.
+        recent: inputs of the three convolutions at the last width - 1 tokens, [documents, width - 1, channels] each.
     """
 
     memory: LogLinearState
@@ -50,7 +50,7 @@ class LogLinearCore(nn.Module):
         documents: Documents,
     ) -> tuple[torch.Tensor, LogLinearState | None]:
         """Outputs [B, T, H, P], and the memory after the last token if one was given."""
-        if memory is not None and v_bthp.shape[1] == 1:
+        if memory is not None and v_bthp.shape[1] == 1 and documents.cu_seqlens is None:
             q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
             scales = None if scales_bthl is None else scales_bthl[:, 0]
             o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
@@ -126,7 +126,7 @@ class LogLinearMixer(nn.Module):
         inputs = (self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd))
         past = (None, None, None) if state is None else state.recent
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        q, k, v = (conv(x, documents, before) for conv, x, before in zip(convs, inputs, past, strict=True))
+        q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp = v.unflatten(2, (-1, self.head_dim))
         g_bth, weighted_bthp = discretise(self.dt_proj(x_btd), self.dt_bias, self.A_log, v_bthp)
@@ -139,7 +139,7 @@ class LogLinearMixer(nn.Module):
         y_btd = self.out_proj(y_bthp.flatten(2))
         if state is None or memory is None:
             return y_btd, None
-        return y_btd, MixerState(memory, _recent(state.recent, inputs))
+        return y_btd, MixerState(memory, _recent(state.recent, inputs, documents))
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""
@@ -160,9 +160,30 @@ class LogLinearMixer(nn.Module):
         return sum(map(linear_flops, layers)) + self.lambda_map.flops_per_token() + attention
 
 
-def _recent(past: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _convolve(
+    conv: nn.Module, x_btc: torch.Tensor, past_swc: torch.Tensor | None, documents: Documents
+) -> torch.Tensor:
+    """The convolution of each document behind its past: packed ones one by one, since each has a past of its own."""
+    if past_swc is None or documents.cu_seqlens is None:
+        return conv(x_btc, documents, past_swc)
+    positions = documents.pieces(documents.positions_bt)
+    alone = (Documents(positions_1t, documents.length) for positions_1t in positions)
+    return torch.cat(list(map(conv, documents.pieces(x_btc), alone, past_swc.split(1))), 1)
+
+
+def _recent(
+    past: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...], documents: Documents
+) -> tuple[torch.Tensor, ...]:
     """The last width - 1 inputs of each convolution, after these."""
+    if documents.cu_seqlens is None:
+        return tuple(map(_last, past, inputs))
     return tuple(
-        torch.cat([before, x], 1)[:, -before.shape[1] :] if before.shape[1] else before
+        torch.cat(list(map(_last, before.split(1), documents.pieces(x))))
         for before, x in zip(past, inputs, strict=True)
     )
+
+
+def _last(before_bwc: torch.Tensor, x_btc: torch.Tensor) -> torch.Tensor:
+    """As many of the last inputs as were given from before."""
+    reach = before_bwc.shape[1]
+    return torch.cat([before_bwc, x_btc], 1)[:, -reach:] if reach else before_bwc

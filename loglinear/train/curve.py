@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
+
+from loglinear.train.evaluation import PositionLoss
 
 
 def draw_losses(metrics: Path, out: Path, unigram_entropy: float | None) -> None:
@@ -29,4 +33,23 @@ def draw_losses(metrics: Path, out: Path, unigram_entropy: float | None) -> None
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend()
     figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def report_positions(folder: Path, losses: list[PositionLoss]) -> None:
+    """Print losses by position; write them to `positions.json` and draw them into `positions.png` in `folder`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    print(f"{'position':>17}  {'tokens':>12}  nats/token  perplexity")
+    for part in losses:
+        place = f"{part.start:,} to {part.end - 1:,}" if part.end - part.start > 1 else f"{part.start:,}"
+        print(f"{place:>17}  {part.tokens:12,}  {part.loss:10.4f}  {math.exp(part.loss):10.3f}")
+    (folder / "positions.json").write_text(json.dumps([asdict(part) for part in losses], indent=1) + "\n")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([max(part.start, 0.5) for part in losses], [part.loss for part in losses], "o-")
+    axes.set(xscale="log", xlabel="first position of the tokens in their document", ylabel="loss, nats per token")
+    figure.savefig(folder / "positions.png", dpi=120)
     plt.close(figure)

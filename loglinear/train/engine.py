@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 
 from data_pipeline.batch import IGNORED, Batch
+from loglinear.checkpoint import grad_norm, require_moments
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.parallel import Mesh, local_batch
 from loglinear.parallel.mesh import ModelParallelUnit
 from loglinear.train.optim import make_optimizer
+from loglinear.train.stability import Guard
 from loglinear.train.timing import StepTimer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the weights that the model computes with
@@ -28,12 +31,22 @@ class StepResult:
         grad_norm: L2 norm of the global gradient before clipping.
         tokens: valid tokens of the global batch.
         stop: whether any rank asked to stop.
+        refusal: why the update was not made, or None.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     stop: bool
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """On a step's update."""
+
+    is_known: bool = False
+    refusal: str | None = None
 
 
 class Engine:
@@ -43,14 +56,24 @@ class Engine:
         deepspeed: the DeepSpeed engine; calling it runs the model.
     """
 
-    def __init__(self, model: LanguageModel, config: Config, mesh: Mesh) -> None:
-        """Shard `model`'s optimizer (ZeRO 1), gradients (2) and weights (3) over the ranks."""
+    def __init__(self, model: LanguageModel, config: Config, mesh: Mesh, guard: Guard) -> None:
+        """Shard `model`'s optimizer (ZeRO 1), gradients (2) and weights (3) over the ranks.
+
+        Args:
+            model: this rank's part.
+            config: the run's.
+            mesh: the ranks.
+            guard: says which updates are refused.
+        """
         import deepspeed
 
-        self.mesh, self.world = mesh, mesh.world
+        self.mesh, self.world, self.guard = mesh, mesh.world, guard
+        self._loss, self._verdict = math.nan, _Verdict()
+        optimizer = make_optimizer(model, config.optimizer)
+        optimizer.allowed = self._allows
         self.deepspeed: Any = deepspeed.initialize(
             model=model.to(self.world.device),
-            optimizer=make_optimizer(model, config.optimizer),
+            optimizer=optimizer,
             mpu=ModelParallelUnit(mesh),
             config=_deepspeed_config(config, mesh.data.size),
         )[0]
@@ -71,18 +94,34 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in batches:
+        self._verdict = _Verdict()
+        for number, batch in enumerate(batches, 1):
             with timer("forward"):
                 loss = self.loss_sum(batch)
             loss_sum += loss.detach()
             with timer("backward"):
                 # DeepSpeed averages over replicas; the sum is wanted.
                 self.deepspeed.backward(loss * (self.mesh.replicas.size / tokens), scale_wrt_gas=False)
+            if number == len(batches):
+                (total,) = self.world.sum(loss_sum.item() / self.mesh.tensor.size)
+                self._loss = total / tokens
             with timer("optimizer"):
                 self.deepspeed.step()  # updates after the last micro-batch alone
-        (total,) = self.world.sum(loss_sum.item() / self.mesh.tensor.size)
-        grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(total / tokens, grad_norm, int(tokens), stops > 0)
+        self._allows()  # DeepSpeed asks for no update if the gradient is not finite
+        norm, refusal = grad_norm(self.deepspeed), self._verdict.refusal
+        self.guard.note(self._loss, norm, refusal)
+        return StepResult(self._loss, norm, int(tokens), stops > 0, refusal)
+
+    def _allows(self) -> bool:
+        """Whether this step's update may be made: decided once a step, and by all ranks alike."""
+        if not self._verdict.is_known:
+            refusal = self.guard.judge(self._loss, grad_norm(self.deepspeed))
+            (refusals,) = self.world.sum(refusal is not None)
+            if refusals and refusal is None:
+                refusal = "another rank refused it"
+            self._verdict = _Verdict(True, refusal)
+            require_moments(self.deepspeed)  # DeepSpeed looks for them after its first step, made or not
+        return self._verdict.refusal is None
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Cross-entropy summed over the labels of this rank's part of a batch, in nats."""
@@ -101,6 +140,6 @@ def _deepspeed_config(config: Config, data_parallel: int) -> dict[str, Any]:
         "zero_optimization": {"stage": config.train.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
         "steps_per_print": 2**62,
     }

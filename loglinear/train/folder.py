@@ -21,7 +21,7 @@ FIXED = ("model",)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`config.yaml`, `tokenizer.model`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `tensorboard/` below `root`."""
+    """Files of their own and `checkpoints/`, `tensorboard/` below `root`."""
 
     root: Path
 
@@ -39,6 +39,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object for everything that went wrong."""
+        return self.root / "events.jsonl"
 
     @property
     def checkpoints(self) -> Path:

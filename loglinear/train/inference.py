@@ -18,17 +18,19 @@ from loglinear.config import Config, ParallelConfig
 from loglinear.model import LanguageModel, build_model
 from loglinear.model.generation import generate
 from loglinear.parallel import local_batch, make_mesh, start_world
+from loglinear.train.curve import report_positions
 from loglinear.train.engine import DTYPES
-from loglinear.train.evaluation import held_out_loss
+from loglinear.train.evaluation import held_out_loss, losses_by_position
 from loglinear.train.folder import RunFolder
 
 
-def evaluate_run(root: Path, samples: int | None) -> None:
+def evaluate_run(root: Path, samples: int | None, by_position: bool = False) -> None:
     """Print the held-out loss of the run in `root`; under torchrun the ranks share the work.
 
     Args:
         root: the run's folder.
         samples: held-out sequences to use, the first ones; all if None.
+        by_position: print it by how far into its document a token stands, and write `positions.json` and a plot.
 
     Raises:
         UserError: there is no run, no complete checkpoint, or no held-out data.
@@ -52,9 +54,15 @@ def evaluate_run(root: Path, samples: int | None) -> None:
         return model(*local_batch(*batch, mesh))
 
     console = Console(stderr=True, quiet=world.rank > 0)
-    loss = held_out_loss(loss_sum, track(batches, "evaluating", console=console, transient=True), mesh)
-    if world.rank == 0:
-        print(f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
+    shown = track(batches, "evaluating", console=console, transient=True)
+    if by_position:
+        losses = losses_by_position(model, shown, mesh)
+        if world.rank == 0:
+            report_positions(root, losses)
+    else:
+        loss = held_out_loss(loss_sum, shown, mesh)
+        if world.rank == 0:
+            print(f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}")
     world.close()
 
 

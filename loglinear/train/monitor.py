@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from loglinear.config import Config
 from loglinear.train.engine import StepResult
 from loglinear.train.folder import RunFolder, truncate_metrics
+from loglinear.train.layout import layout
 from loglinear.train.level_scales import LevelScaleStatistics
 
 
@@ -36,9 +37,11 @@ class Monitor:
         self._writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
         if start == 0:
             self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
+            self._writer.add_custom_scalars(layout(config.model))
         self._flops_per_token, self._peak = flops_per_token, peak
         self._since, self._tokens = time.perf_counter(), 0
         self.tokens_per_second = 0.0
+        self._trouble = (0, 0)
 
     def step(self, step: int, result: StepResult, learning_rate: float, seconds: Mapping[str, float]) -> None:
         """Record one step.
@@ -50,6 +53,8 @@ class Monitor:
             seconds: time by phase; written every `monitor.every` steps.
         """
         record = {"step": step, "loss": result.loss, "lr": learning_rate, "grad_norm": result.grad_norm}
+        if result.refusal is not None:  # its values may be no numbers, which JSON does not know
+            record = {"step": step, "refusal": result.refusal}
         self._metrics.write(json.dumps(record | {"tokens": result.tokens}) + "\n")
         self._tokens += result.tokens
         now = time.perf_counter()
@@ -69,6 +74,16 @@ class Monitor:
             }
             | {f"step_seconds/{phase}": value for phase, value in seconds.items()},
         )
+
+    def stability(self, step: int, refused: int, rollbacks: int) -> None:
+        """Show how many steps were refused since the run began, and how often it went back since it was started."""
+        if step % self._every == 0 or (refused, rollbacks) != self._trouble:
+            self._trouble = (refused, rollbacks)
+            self._scalars(step, {"stability/refused_steps": refused, "stability/rollbacks": rollbacks})
+
+    def event(self, step: int, text: str) -> None:
+        """Show what went wrong."""
+        self._writer.add_text("events", text, step)
 
     def held_out(self, step: int, loss: float) -> None:
         """Record the held-out loss after `step` steps, in nats per token."""

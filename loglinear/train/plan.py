@@ -15,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.model.layers import Documents
+from loglinear.ops.peak import TRAINING_FLOPS
 from loglinear.parallel.collectives import count_traffic
 from loglinear.parallel.cut import cut_documents
 from loglinear.parallel.mesh import data_parallel_size, last_rank
 from loglinear.parallel.parallelize import parallelize
 from loglinear.train.engine import DTYPES
-from loglinear.train.timing import TRAINING_FLOPS
 
 LocalBatch = tuple[torch.Tensor, Documents | None]  # token ids, and where documents lie in them
 MASTER_AND_MOMENTS = 3 * 4  # bytes a parameter: fp32 weight and AdamW's two moments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import shlex
 import shutil
 import sys
@@ -23,22 +22,24 @@ from data_pipeline.manifest import tokenizer_path
 from data_pipeline.prepared import complete_index, open_tokenizer
 from data_pipeline.state import DataState
 from loglinear import __version__
-from loglinear.checkpoint import CheckpointStore, Snapshot, load_weights
+from loglinear.checkpoint import CheckpointStore, Snapshot, load_exported, load_weights
 from loglinear.config import Config
-from loglinear.errors import UserError
 from loglinear.model import LanguageModel
 from loglinear.model.generation import generate
+from loglinear.ops.peak import TRAINING_FLOPS, peak_flops
 from loglinear.parallel import Mesh, make_mesh, parallel_model, start_world
 from loglinear.train.console import TrainConsole
 from loglinear.train.curve import draw_losses
 from loglinear.train.engine import Engine, StepResult
 from loglinear.train.evaluation import held_out_loss
+from loglinear.train.events import EventLog
 from loglinear.train.folder import RunFolder, check_unchanged, git_revision
 from loglinear.train.level_scales import LevelScaleStatistics
 from loglinear.train.monitor import Monitor
 from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import StopRequest
-from loglinear.train.timing import TRAINING_FLOPS, StepTimer, peak_flops
+from loglinear.train.stability import Guard, Rollbacks
+from loglinear.train.timing import StepTimer
 
 RECORDED_VERSIONS = ("torch", "deepspeed")
 
@@ -47,7 +48,8 @@ def train(config: Config) -> None:
     """Train until `config.train.steps`, or until asked to stop; called again, it goes on.
 
     Raises:
-        UserError: the configuration does not fit the ranks, the data or the run folder; or the loss is not finite.
+        UserError: the configuration does not fit the ranks, the data or the run folder; or going back to a checkpoint
+            does not make the loss finite.
     """
     stop = StopRequest()
     stop.listen()
@@ -79,39 +81,79 @@ class _Run:
         snapshot = self.store.latest()
         if snapshot is not None:
             check_unchanged(snapshot.state["config"], config)
-        self.start = 0 if snapshot is None else snapshot.step
         world.together(lambda: self.folder.prepare(config) if self.first else None)
 
-        self.console = TrainConsole(self.start, config.train.steps, config.monitor.every, self.first)
-        self.data = self._open_data(snapshot)
-        self.engine = self._make_engine(snapshot)
+        start = 0 if snapshot is None else snapshot.step
+        self.console = TrainConsole(start, config.train.steps, config.monitor.every, self.first)
+        self.peak = peak * world.size
         self.timer = StepTimer(world.device)
+        self.rollbacks = Rollbacks()
+        self.events = EventLog(self.folder.events) if self.first else None
+        world.together(self._wait_for_data)
+        self._begin(snapshot)
+
+    def _begin(self, snapshot: Snapshot | None, samples: int | None = None) -> None:
+        """Stand where a checkpoint was made, or at the start; the data may go on elsewhere, behind `samples`."""
+        self.start = 0 if snapshot is None else snapshot.step
+        self.save_due = False
+        self.guard = Guard(self.config.stability, None if snapshot is None else snapshot.state.get("stability"))
+        self.data = self._open_data(snapshot, samples)
+        self.engine = self._make_engine(snapshot)
         self.statistics = LevelScaleStatistics(self.engine.model) if self.first else None
-        self.monitor = self._make_monitor(peak * world.size) if self.first else None
+        self.monitor = self._make_monitor() if self.first else None
 
     def go(self) -> None:
         """Train, evaluate, save; say how it ended."""
-        config = self.config
+        config, step = self.config, self.start
         with self.console:
-            for step in range(self.start + 1, config.train.steps + 1):
+            while step < config.train.steps:
+                step += 1
                 result = self._step(step)
                 ends = step == config.train.steps
-                if step % config.eval.every == 0 or ends:
+                self.save_due |= step % config.checkpoint.every == 0 or ends or result.stop
+                if self.guard.gives_up or (ends and self.guard.in_a_row):
+                    step = self._roll_back(step, f"{result.refusal}")
+                    continue
+                looks = step % config.eval.every == 0 or ends
+                if (looks or self.save_due) and not self.store.is_sound(self.engine.deepspeed):
+                    step = self._roll_back(step, "a weight or moment is not finite")
+                    continue
+                if looks:
                     self._aside(self._evaluate, step)
-                if step % config.checkpoint.every == 0 or ends or result.stop:
+                if self.save_due and not self.guard.in_a_row:  # weights that may be to blame are no good checkpoint
                     self._aside(self._save, step)
                 if result.stop and not ends:
-                    self.console.say(f"Asked to stop: saved after step {step}. The same command goes on from there.")
+                    saved = "the last checkpoint" if self.save_due else "there"
+                    self.console.say(f"Asked to stop after step {step}. The same command goes on from {saved}.")
                     break
             else:
                 self._finish()
         if self.monitor is not None:
             self.monitor.close()
 
-    def _open_data(self, snapshot: Snapshot | None) -> _Data:
+    def _roll_back(self, step: int, reason: str) -> int:
+        """Go back to the last checkpoint, and on from there with data that come after all that was read; its step."""
+        snapshot = self.store.latest()
+        self.rollbacks.count(None if snapshot is None else snapshot.folder, step, reason)
+        assert snapshot is not None
+        samples = self.data.loader.state(step - self.start).samples
+        self.console.say(f"step {step}: {reason}. Back to step {snapshot.step}, and on with later data.")
+        if self.events is not None and self.monitor is not None:
+            self.events.write("rolled back", step, reason=reason, to_step=snapshot.step, to_sample=samples)
+            self.monitor.close()
+        refused = self.guard.refused
+        self.engine.deepspeed.destroy()
+        self._begin(snapshot, samples)
+        self.guard.refused = refused
+        if self.monitor is not None:
+            self.monitor.stability(snapshot.step, refused, self.rollbacks.total)
+            self.monitor.event(snapshot.step, f"back from step {step}: {reason}")
+        return snapshot.step
+
+    def _open_data(self, snapshot: Snapshot | None, samples: int | None) -> _Data:
         config, model = self.config, self.config.model
-        self.world.together(self._wait_for_data)
         saved = None if snapshot is None else DataState.from_dict(snapshot.state["data"])
+        start_sample = samples if samples is not None else 0 if saved is None else saved.samples
         loader = TrainLoader(
             config.data,
             vocab_size=model.vocab_size,
@@ -120,9 +162,9 @@ class _Run:
             micro_batch=config.train.micro_batch,
             rank=self.mesh.data.index,
             world_size=self.mesh.data.size,
-            start_sample=0 if saved is None else saved.samples,
+            start_sample=start_sample,
         )
-        if saved is not None:
+        if saved is not None and samples is None:
             saved.require_same_order(loader.state(0))
         loader.require(config.train.steps - self.start)
         return _Data(loader, iter(loader))
@@ -149,19 +191,22 @@ class _Run:
     def _make_engine(self, snapshot: Snapshot | None) -> Engine:
         config = self.config
         model = parallel_model(self.mesh, config, fresh=snapshot is None)
+        init_from = config.run.init_from
         if snapshot is not None:
             load_weights(snapshot.folder, model)
-        engine = Engine(model, config, self.mesh)
+        elif init_from is not None:
+            self.world.together(lambda: load_exported(init_from, model))
+        engine = Engine(model, config, self.mesh, self.guard)
         if snapshot is not None:
             self.store.restore(snapshot, engine.deepspeed)
             self.console.say(f"Going on after step {snapshot.step} of {config.train.steps}.")
         return engine
 
-    def _make_monitor(self, peak: float) -> Monitor:
+    def _make_monitor(self) -> Monitor:
         with torch.device("meta"):
             whole = LanguageModel(self.config.model)
         flops = TRAINING_FLOPS * whole.flops_per_token(self.config.model.seq_len)
-        return Monitor(self.folder, self.config, self.start, flops, peak)
+        return Monitor(self.folder, self.config, self.start, flops, self.peak)
 
     def _step(self, step: int) -> StepResult:
         config = self.config
@@ -173,16 +218,19 @@ class _Run:
             batches = list(islice(self.data.stream, self.micro_batches))
         rate = learning_rate(config, step - 1)
         result = self.engine.step(batches, rate, self.stop.asked, self.timer)
-        if not math.isfinite(result.loss):
-            raise UserError(
-                f"the loss of step {step} is {result.loss}: start again with a lower optimizer.lr; the run goes on "
-                "from its last checkpoint"
-            )
         if self.monitor is not None and self.statistics is not None:
             self.monitor.step(step, result, rate, self.timer.take())
+            self.monitor.stability(step, self.guard.refused, self.rollbacks.total)
             self.monitor.level_scales(step, self.statistics)
             self.statistics.recording = False
             self.console.step(step, result.loss, self.monitor.tokens_per_second)
+        if result.refusal is not None:
+            self.console.say(f"step {step} is left out: {result.refusal}")
+            if self.events is not None and self.monitor is not None:
+                values = {"loss": result.loss, "grad_norm": result.grad_norm}
+                last = self.data.loader.state(step - self.start).samples
+                self.events.write("refused", step, reason=result.refusal, until_sample=last, **values)
+                self.monitor.event(step, f"left out: {result.refusal}")
         return result
 
     def _evaluate(self, step: int) -> None:
@@ -219,11 +267,13 @@ class _Run:
             "step": step,
             "learning_rate": learning_rate(self.config, step - 1),
             "data": self.data.loader.state(step - self.start).to_dict(),
+            "stability": self.guard.state(),
             "config": self.config.model_dump(mode="json"),
             "revision": git_revision(),
             "versions": _versions(),
         }
         self.store.save(self.engine.deepspeed, step, state)
+        self.save_due = False
 
     def _aside(self, action: Callable[[int], None], step: int) -> None:
         """Do something that is no training, and leave its time out of the throughput."""

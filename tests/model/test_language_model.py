@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loglinear.config import MixerName
+from loglinear.errors import UserError
 from loglinear.model import build_model
 from loglinear.model.generation import generate
 from loglinear.model.layers import Documents
@@ -70,8 +71,40 @@ def test_decoding_gives_the_logits_of_the_parallel_form(pattern: Pattern, prompt
     cuts = [0, *range(prompt, prompt + 5), prompt + 15, *range(prompt + 16, prompt + 20)]
     for start, end in pairwise(cuts):
         logits_bv, state = model.decode(tokens_bt[:, start:end], state)
-        assert state.position == end
+        assert state.positions.tolist() == [end, end]
         torch.testing.assert_close(logits_bv, wanted_btv[:, end - 1], **CLOSE)
+
+
+@torch.no_grad()
+def test_documents_of_different_lengths_are_read_as_each_alone(pattern: Pattern) -> None:
+    """Padded on the left, in a batch: the prompts in two parts, one document beginning in the second, then tokens."""
+    model = awake(tiny(pattern))
+    lengths, padding = [70, 37, 2, 90], VOCAB - 1
+    documents = [random_tokens(1, length + 9, seed=length) for length in lengths]
+    prompts_bt = torch.full((4, 90), padding)
+    for row_t, document_bt, length in zip(prompts_bt, documents, lengths, strict=True):
+        row_t[90 - length :] = document_bt[0, :length]
+    total = torch.tensor(lengths)
+    first_btd, state = model.read(prompts_bt[:, :40], model.initial_state(4), (total - 50).clamp(min=0))
+    second_btd, state = model.read(prompts_bt[:, 40:], state, total.clamp(max=50))
+    assert state.positions.tolist() == lengths
+    logits_btv = model.logits(torch.cat([first_btd, second_btd], 1))
+    for row_tv, document_bt, length in zip(logits_btv, documents, lengths, strict=True):
+        torch.testing.assert_close(row_tv[90 - length :], model(document_bt)[0, :length], **CLOSE)
+    for step in range(9):
+        tokens_bt = torch.stack(
+            [document_bt[0, length + step] for document_bt, length in zip(documents, lengths, strict=True)]
+        )
+        logits_bv, state = model.decode(tokens_bt[:, None], state)
+        wanted = [model(document_bt)[0, length + step] for document_bt, length in zip(documents, lengths, strict=True)]
+        torch.testing.assert_close(logits_bv, torch.stack(wanted), **CLOSE)
+
+
+def test_padding_within_a_document_is_refused() -> None:
+    model = awake(tiny())
+    _, state = model.read(random_tokens(2, 5), model.initial_state(2))
+    with pytest.raises(UserError, match="pad on the left"):
+        model.read(random_tokens(2, 5), state, torch.tensor([5, 4]))
 
 
 @pytest.mark.parametrize("name", ["none", "static", "mlp_masked_softmax"])

@@ -30,6 +30,7 @@ from loglinear.parallel.shard import shard_of
 from loglinear.train.engine import Engine
 from loglinear.train.optim import make_optimizer
 from loglinear.train.schedule import learning_rate
+from loglinear.train.stability import Guard
 from loglinear.train.timing import StepTimer
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2}
@@ -248,7 +249,7 @@ def train_cases(cases: list[tuple[Case, int]], truths: dict[str, Truth], folder:
 def compare_training(case: Case, stage: int, truth: Truth, mesh: Mesh) -> Differences:
     """Every step's loss and gradient norm, every parameter's first gradient and last weight, in fp32."""
     config = training_config(case, stage)
-    engine = Engine(parallel_model(mesh, config, fresh=True), config, mesh)
+    engine = Engine(parallel_model(mesh, config, fresh=True), config, mesh, Guard(config.stability))
     timer, differences = StepTimer(torch.device("cpu")), Differences(1e-5)
     for step in range(STEPS):
         own = own_samples(batch_of(case, seed=step), mesh)

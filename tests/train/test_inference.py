@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
+from data_pipeline.held_out import held_out_batches
 from data_pipeline.tokenizer import Tokenizer
+from loglinear.checkpoint import load_weights, read_latest
 from loglinear.errors import UserError
+from loglinear.model import build_model
+from loglinear.train.folder import RunFolder
 from loglinear.train.inference import evaluate_run, generate_text
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import records
@@ -38,6 +46,40 @@ def test_evaluation_uses_all_held_out_text_unless_told(reference: Path, tmp_path
     log = tmp_path / "log"
     assert exit_codes(start_ranks(1, evaluate_run, reference, None, log=log)) == [0]
     assert float(RESULT.findall(log.read_text())[0][1]) != pytest.approx(last_held_out(reference), abs=6e-5)
+
+
+@torch.no_grad()
+def surprises(reference: Path) -> dict[int, list[float]]:
+    """Of the first 8 held-out samples, one document after the other: by the bit length of the position."""
+    config = RunFolder(reference).load_config()
+    model = build_model(config.model, 0)
+    load_weights(read_latest(reference / "checkpoints").folder, model)
+    found: dict[int, list[float]] = defaultdict(list)
+    options = {"vocab_size": config.model.vocab_size, "seq_len": config.model.seq_len, "batch": 1, "limit_samples": 8}
+    for batch in held_out_batches(config.data, **options):
+        inputs, labels = batch.inputs.flatten(), batch.labels.flatten()
+        for start, end in pairwise(batch.cu_seqlens.tolist()):
+            logits_tv = model(inputs[None, start:end])[0]
+            for position, (logits_v, label) in enumerate(zip(logits_tv, labels[start:end].tolist(), strict=True)):
+                if label != -100:
+                    found[position.bit_length()].append(-float(logits_v.log_softmax(-1)[label]))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_loss_by_position_is_that_of_every_document_alone(reference: Path, tmp_path: Path, ranks: int) -> None:
+    run, log = Path(shutil.copytree(reference, tmp_path / "run")), tmp_path / "log"
+    assert exit_codes(start_ranks(ranks, evaluate_run, run, 8, True, log=log)) == [0] * ranks
+    wanted = surprises(reference)
+    assert len(wanted) > 6
+    for part in json.loads((run / "positions.json").read_text()):
+        values = wanted.pop(part["start"].bit_length())
+        assert part["end"] == max(1, 2 * part["start"])
+        assert part["tokens"] == len(values)
+        assert part["loss"] == pytest.approx(sum(values) / len(values), abs=1e-5)
+    assert not wanted
+    assert "4 to 7" in log.read_text()
+    assert (run / "positions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def generated(reference: Path, capsys: pytest.CaptureFixture[str], temperature: float, seed: int) -> str:

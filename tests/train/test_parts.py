@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from loglinear.config import Config, ModelConfig, OptimizerConfig
 from loglinear.errors import UserError
 from loglinear.model import build_model
+from loglinear.ops.peak import PEAK_TFLOPS_BF16, peak_flops
 from loglinear.train.folder import truncate_metrics
 from loglinear.train.optim import make_optimizer
 from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import ASKING, StopRequest
-from loglinear.train.timing import PEAK_TFLOPS_BF16, StepTimer, peak_flops
+from loglinear.train.timing import StepTimer
 
 
 def scheduled(steps: int, **schedule: object) -> Config:

@@ -1,0 +1,170 @@
+"""Bad batches and broken weights cost a run the steps that they spoil, on all ranks alike, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loglinear.config import DataConfig, StabilityConfig
+from loglinear.train.run import train
+from loglinear.train.stability import Guard
+from tests.processes import exit_codes, start_ranks
+from tests.train.small import GLOBAL_BATCH, records, saved_tensors, small_config
+from tests.train.trouble import (
+    events,
+    flip,
+    make_infinite,
+    train_poisoned,
+    train_scrambled,
+    train_struck,
+    train_without,
+)
+
+SENSITIVE = {"window": 8, "spike": 6.0}
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_a_poisoned_step_of_one_rank_leaves_all_ranks_untouched(
+    prepared: DataConfig, tmp_path: Path, stage: int, precision: str
+) -> None:
+    """Not finite, or finite but too large; the ranks themselves compare what they own before and after."""
+    train = {"steps": 8, "zero_stage": stage, "precision": precision}
+    config = small_config(tmp_path / "run", prepared, train=train, stability=SENSITIVE)
+    assert exit_codes(start_ranks(2, train_poisoned, config, {3: math.nan, 5: math.inf, 7: 1e4})) == [0, 0]
+    assert [record["step"] for record in records(tmp_path / "run") if "refusal" in record] == [3, 5, 7]
+    found = events(tmp_path / "run")
+    assert [(event["event"], event["step"], event["until_sample"]) for event in found] == [
+        ("refused", step, step * GLOBAL_BATCH) for step in (3, 5, 7)
+    ]
+    assert [event["reason"].split()[0:2] for event in found] == [["the", "loss"]] * 3
+    assert "deviations above" in found[-1]["reason"]
+    assert all(tensor.isfinite().all() for tensor in saved_tensors(tmp_path / "run").values())
+
+
+def same_run(folder: Path, reference: Path) -> None:
+    """Bit for bit."""
+    assert records(folder) == records(reference)
+    expected = saved_tensors(reference)
+    assert all(tensor.equal(expected[name]) for name, tensor in saved_tensors(folder).items())
+
+
+WENT_BACK = {"train": {"steps": 16, "zero_stage": 3}}
+POISON = {6: math.nan, 7: math.nan, 8: math.nan}
+
+
+@pytest.fixture(scope="module")
+def went_back(prepared: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose steps 6, 7 and 8 are poisoned: back to the checkpoint of step 4, and on with later data."""
+    folder = tmp_path_factory.mktemp("back") / "run"
+    config = small_config(folder, prepared, **WENT_BACK)
+    assert exit_codes(start_ranks(2, train_poisoned, config, POISON)) == [0, 0]
+    return folder
+
+
+def test_a_run_that_went_back_is_one_that_never_saw_those_data(
+    prepared: DataConfig, went_back: Path, tmp_path: Path
+) -> None:
+    truth = small_config(tmp_path / "truth", prepared, **WENT_BACK)
+    assert exit_codes(start_ranks(2, train_without, truth, 4, 4)) == [0, 0]
+    same_run(went_back, tmp_path / "truth")
+    *refused, back = events(went_back)
+    assert [event["step"] for event in refused] == [6, 7, 8]
+    assert (back["event"], back["step"], back["to_step"], back["to_sample"]) == ("rolled back", 8, 4, 64)
+
+
+def test_stopped_after_it_went_back_it_goes_on_bit_for_bit(
+    prepared: DataConfig, went_back: Path, tmp_path: Path
+) -> None:
+    stopped = small_config(tmp_path / "stopped", prepared, **WENT_BACK)
+    assert exit_codes(start_ranks(2, train_poisoned, stopped, POISON, 10)) == [0, 0]
+    assert len(records(tmp_path / "stopped")) < len(records(went_back))
+    assert exit_codes(start_ranks(2, train, stopped)) == [0, 0]
+    same_run(tmp_path / "stopped", went_back)
+
+
+def test_tensorboard_shows_what_was_refused(went_back: Path) -> None:
+    shown = EventAccumulator(str(went_back / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    shown.Reload()
+    refused = {event.step: event.value for event in shown.Scalars("stability/refused_steps")}
+    assert (refused[2], refused[4], refused[16]) == (0, 3, 3)
+    assert shown.Scalars("stability/rollbacks")[-1].value == 1
+    texts = [event.tensor_proto.string_val[0].decode() for event in shown.Tensors("events/text_summary")]
+    assert texts == ["left out: the loss is nan"] * 3 + ["back from step 8: the loss is nan"]
+
+
+def test_a_bad_part_of_the_data_is_skipped(prepared: DataConfig, tmp_path: Path) -> None:
+    """Random labels for three steps, once the model knows better than chance."""
+    config = small_config(tmp_path / "run", prepared, stability=SENSITIVE, train={"steps": 26})
+    assert exit_codes(start_ranks(1, train_scrambled, config, 21, 23)) == [0]
+    kinds = [(event["event"], event["step"]) for event in events(tmp_path / "run")]
+    assert kinds == [("refused", 21), ("refused", 22), ("refused", 23), ("rolled back", 23)]
+    assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == list(range(1, 27))
+
+
+def test_a_flipped_bit_in_a_weight_is_healed_from_the_checkpoint(prepared: DataConfig, tmp_path: Path) -> None:
+    """The exponent's highest bit, before step 22: refused until the checkpoint of step 20 is taken again."""
+    config = small_config(tmp_path / "run", prepared, train={"steps": 26, "zero_stage": 2}, stability=SENSITIVE)
+    assert exit_codes(start_ranks(2, train_struck, config, 22, flip)) == [0, 0]
+    found = events(tmp_path / "run")
+    assert [event["event"] for event in found][-1] == "rolled back"
+    assert {event["to_step"] for event in found if event["event"] == "rolled back"} == {20}
+    weights = [tensor for name, tensor in saved_tensors(tmp_path / "run").items() if name.startswith("weight")]
+    assert max(float(tensor.abs().max()) for tensor in weights) < 10
+    assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == list(range(1, 27))
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(prepared: DataConfig, tmp_path: Path) -> None:
+    """One becomes infinite where no loss sees it: between the forward pass of step 8 and the save behind it."""
+    config = small_config(tmp_path / "run", prepared, train={"steps": 12})
+    assert exit_codes(start_ranks(2, train_struck, config, 8, make_infinite)) == [0, 0]
+    (event,) = events(tmp_path / "run")
+    assert (event["event"], event["step"], event["to_step"]) == ("rolled back", 8, 4)
+    assert event["reason"] == "a weight or moment is not finite"
+    assert all(tensor.isfinite().all() for tensor in saved_tensors(tmp_path / "run").values())
+
+
+def guard(losses: list[float], norms: list[float], **changes: float) -> Guard:
+    built = Guard(StabilityConfig.model_validate({"window": 32, "spike": 6.0} | changes))
+    for loss, norm in zip(losses, norms, strict=True):
+        built.note(loss, norm, built.judge(loss, norm))
+    return built
+
+
+def test_a_spike_is_judged_by_median_and_deviation() -> None:
+    """By hand: losses 1..9 have median 5 and median deviation 2, so 6 deviations end at 5 + 6 * 1.4826 * 2."""
+    seen = guard([float(n) for n in range(1, 10)], [1.0] * 9, spike=1e9)
+    seen._config = StabilityConfig(window=32, spike=6.0)
+    limit = 5 + 6 * 1.4826 * 2
+    assert seen.judge(limit - 0.01, 1.0) is None
+    assert seen.judge(limit + 0.01, 1.0) == f"the loss {limit + 0.01:.3f} is 6 deviations above the last 9"
+    assert seen.judge(-100.0, 1.0) is None, "lower is no trouble"
+    assert seen.judge(5.0, math.exp(0.59)) is None, "deviations of a norm are at least a tenth of its logarithm"
+    assert "gradient norm" in str(seen.judge(5.0, math.exp(0.61)))
+
+
+def test_noise_and_descent_are_no_spikes() -> None:
+    rng = random.Random(0)
+    losses = [3 + 7 * math.exp(-step / 50) + rng.gauss(0, 0.05) for step in range(1000)]
+    norms = [math.exp(rng.gauss(0, 0.3)) for _ in range(1000)]
+    config = StabilityConfig()
+    seen = guard(losses, norms, window=config.window, spike=config.spike)
+    assert seen.refused == 0
+    assert seen.judge(4.5, 1.0) is not None
+
+
+def test_a_spike_does_not_hide_the_next() -> None:
+    seen = guard([1.0, 1.01] * 8 + [50.0] * 2, [1.0] * 18, rollback_after=3)
+    assert (seen.refused, seen.in_a_row, seen.gives_up) == (2, 2, False)
+    seen.note(50.0, 1.0, seen.judge(50.0, 1.0))
+    assert seen.gives_up
+    seen.note(1.0, 1.0, seen.judge(1.0, 1.0))
+    assert (seen.refused, seen.in_a_row) == (3, 0)
+    again = Guard(StabilityConfig(window=32, spike=6.0), seen.state())
+    assert again.judge(50.0, 1.0) == seen.judge(50.0, 1.0)
+    assert again.refused == 3
+    assert torch.tensor(again.state()["losses"]).max() < 2
