@@ -28,7 +28,11 @@ class LambdaMap(nn.Module):
     """
 
     def __init__(self, levels: int, beyond: str) -> None:
-        """`levels` are trained; `beyond` ("error" or "clamp") says what longer sequences get."""
+        """`levels` are trained; `beyond` says what the further levels of longer sequences get.
+
+        "error" refuses them; "clamp" repeats the logit of the last trained level, "extend" its lambda, which differs
+        under a softmax alone; "one" is lambda of plain linear attention.
+        """
         super().__init__()
         self.levels, self.beyond = levels, beyond
 
@@ -48,15 +52,19 @@ class LambdaMap(nn.Module):
         """
         logits_bthl = at_least_fp32(self.logits(x_btd))
         missing = num_levels(length) - self.levels
-        if missing > 0:
-            if self.beyond == "error":
-                raise UserError(
-                    f"a sequence of {length} tokens needs {num_levels(length)} levels, but {self.levels} were"
-                    " trained: give a shorter one, or set model.log_linear.beyond_trained_levels=clamp"
-                )
-            last_bthl = logits_bthl[..., -1:].expand(*logits_bthl.shape[:3], missing)
-            logits_bthl = torch.cat([logits_bthl, last_bthl], -1)
-        return self.activate(logits_bthl, positions_bt)
+        if missing <= 0:
+            return self.activate(logits_bthl, positions_bt)
+        if self.beyond == "error":
+            raise UserError(
+                f"a sequence of {length} tokens needs {num_levels(length)} levels, but {self.levels} were"
+                " trained: give a shorter one, or set model.log_linear.beyond_trained_levels=clamp"
+            )
+        if self.beyond == "clamp":
+            return self.activate(_repeat_last(logits_bthl, missing), positions_bt)
+        scales_bthl = self.activate(logits_bthl, positions_bt)
+        if self.beyond == "extend":
+            return _repeat_last(scales_bthl, missing)
+        return F.pad(scales_bthl, (0, missing), value=1.0)
 
     def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
         """What the activation is applied to: broadcastable to [B, T, H, L]."""
@@ -183,7 +191,7 @@ def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, 
         heads: value heads.
         levels: `num_levels` of the training length.
         hidden: of the MLP, for the names that begin with `mlp`.
-        beyond: "error" or "clamp" (repeat the last trained level) for longer sequences.
+        beyond: what longer sequences get, as `LambdaMap` has it.
     """
     projected = {"dim": dim, "heads": heads, "levels": levels, "beyond": beyond}
     match name:
@@ -203,6 +211,10 @@ def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, 
             return SoftmaxLambdaMap(**projected, hidden=hidden)
         case "mlp_masked_softmax":
             return MaskedSoftmaxLambdaMap(**projected, hidden=hidden)
+
+
+def _repeat_last(x_bthl: torch.Tensor, times: int) -> torch.Tensor:
+    return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], times)], -1)
 
 
 def _make_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
