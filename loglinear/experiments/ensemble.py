@@ -88,15 +88,9 @@ class Ensemble:
             weights_rw, examples.tokens_et, examples.positions_en, examples.labels_en
         )
 
-    def _score_one(
-        self,
-        weights_w: torch.Tensor,
-        tokens_bt: torch.Tensor,
-        positions_bn: torch.Tensor | None,
-        labels_bn: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score_one(self, weights_w: torch.Tensor, *rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         parameters = {f"model.{name}": part for name, part in self.split(weights_w.to(self.dtype))}
-        return functional_call(self._scored, parameters, (tokens_bt, positions_bn, labels_bn))
+        return functional_call(self._scored, parameters, rows)
 
     def with_weights_of(self, run: int) -> LanguageModel:
         """The model with the present weights of one run, for whatever looks at one at a time."""
@@ -220,7 +214,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Nothing: without vmap the attention is called itself."""
+        """Nothing is kept: only under vmap is there a gradient."""
 
     @staticmethod
     def vmap(
@@ -232,11 +226,6 @@ class _Folded(torch.autograd.Function):
             for x, dim in zip(tensors, in_dims[1:], strict=True)
         ]
         return attention(*batches).unflatten(0, (runs, -1)), 0
-
-
-def _call(attention: Attention, *tensors: torch.Tensor | None) -> torch.Tensor:
-    under_vmap = any(torch._C._functorch.is_batchedtensor(x) for x in tensors if x is not None)
-    return _Folded.apply(attention, *tensors) if under_vmap else attention(*tensors)  # pyright: ignore[reportReturnType]
 
 
 def _log_linear(*tensors: torch.Tensor) -> torch.Tensor:
@@ -258,7 +247,7 @@ class _LogLinearOfAllRuns(LogLinearCore):
     ) -> tuple[torch.Tensor, LogLinearState | None]:
         assert memory is None
         assert documents.cu_seqlens is None
-        return _call(_log_linear, q_btgn, k_btgn, v_bthp, g_bth, scales_bthl), None
+        return _Folded.apply(_log_linear, q_btgn, k_btgn, v_bthp, g_bth, scales_bthl), None  # pyright: ignore[reportReturnType]
 
 
 class _SoftmaxOfAllRuns(SoftmaxCore):
@@ -268,4 +257,4 @@ class _SoftmaxOfAllRuns(SoftmaxCore):
         self, q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor, documents: Documents
     ) -> torch.Tensor:
         assert documents.cu_seqlens is None
-        return _call(causal_attention, q_bthp, k_bshp, v_bshp)
+        return _Folded.apply(causal_attention, q_bthp, k_bshp, v_bshp)  # pyright: ignore[reportReturnType]

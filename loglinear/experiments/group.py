@@ -64,10 +64,9 @@ class Group:
         self._levels = LevelScaleRecorder(self.ensemble, data.validation[-1])
         self.curves: list[list[Record]] = [[] for _ in plan.runs]
         self.seconds = 0.0
-        key = json.dumps([plan.experiment, plan.phase, plan.mode, plan.runs, experiment.fingerprint])
-        self._file = (
-            state / f"{plan.experiment}-{plan.mode}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
-        )
+        key = json.dumps([plan.phase, plan.runs, experiment.fingerprint])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        self._file = state / f"{plan.experiment}-{plan.mode}-{digest}.safetensors"
         if self._file.exists():
             self._restore()
 

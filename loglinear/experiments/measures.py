@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -145,6 +146,5 @@ def _summary(rows: RowSet, losses_en: torch.Tensor, hits_en: torch.Tensor) -> Re
 def _regions(rows: RowSet, losses_et: torch.Tensor) -> list[float]:
     """Mean loss between the edges, the row's start and its end."""
     bounds = [0, *rows.edges, rows.examples.length]
-    return [
-        rounded(float(losses_et[:, start:end].double().mean())) for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    means = [losses_et[:, start:end].double().mean() for start, end in pairwise(bounds)]
+    return [rounded(float(mean)) for mean in means]

@@ -26,70 +26,14 @@ NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 QUESTION = "What is the special magic {kind} for {key} mentioned in the provided text?"
 ANSWER = " The special magic {kind} for {key} mentioned in the provided text is"
 DEPTHS = 40  # places for needles, from the text's first sentence to its end
-ADJECTIVES = [
-    "able",
-    "bitter",
-    "calm",
-    "daring",
-    "eager",
-    "faint",
-    "gentle",
-    "hollow",
-    "idle",
-    "jolly",
-    "keen",
-    "lazy",
-    "merry",
-    "narrow",
-    "odd",
-    "pale",
-    "quiet",
-    "rapid",
-    "silent",
-    "tame",
-    "usual",
-    "vivid",
-    "weary",
-    "young",
-    "zealous",
-    "brave",
-    "crisp",
-    "dull",
-    "early",
-    "fierce",
-]
-NOUNS = [
-    "anchor",
-    "barrel",
-    "candle",
-    "desert",
-    "engine",
-    "feather",
-    "garden",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orchard",
-    "pencil",
-    "quarry",
-    "ribbon",
-    "saddle",
-    "temple",
-    "umbrella",
-    "valley",
-    "window",
-    "yard",
-    "bottle",
-    "castle",
-    "dragon",
-    "forest",
-    "harbour",
-    "lantern",
-]
+ADJECTIVES = (
+    "able bitter brave calm crisp daring dull eager early faint fierce gentle hollow idle jolly keen lazy merry narrow"
+    " odd pale quiet rapid silent tame usual vivid weary young zealous"
+)
+NOUNS = (
+    "anchor barrel bottle candle castle desert dragon engine feather forest garden hammer harbour island jacket kettle"
+    " ladder lantern mirror needle orchard pencil quarry ribbon saddle temple umbrella valley window yard"
+)
 
 
 @dataclass(frozen=True)
@@ -205,7 +149,7 @@ def _longest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _word(rng: np.random.Generator) -> str:
-    return f"{ADJECTIVES[rng.integers(len(ADJECTIVES))]}-{NOUNS[rng.integers(len(NOUNS))]}"
+    return "-".join(str(rng.choice(words.split())) for words in (ADJECTIVES, NOUNS))
 
 
 def _value(form: Form, rng: np.random.Generator) -> str:

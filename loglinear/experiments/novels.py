@@ -6,6 +6,7 @@ Shapes: e example, t time, n label.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import lzma
 from collections.abc import Sequence
@@ -102,8 +103,6 @@ def tokenise(tokenizer: Tokenizer, novels: Sequence[Novel], folder: Path) -> lis
 
 
 def _npy(array: np.ndarray) -> bytes:
-    from io import BytesIO
-
-    content = BytesIO()
+    content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     return content.getvalue()

@@ -67,7 +67,7 @@ class Experiment(Section):
     modes: tuple[Mode, ...] = MODES
     task: Annotated[RecallTask | NovelsTask, Field(discriminator="kind")]
     model: ModelConfig
-    instead: dict[Mode, dict[str, Any]] = {}
+    instead: dict[Mode, dict[str, Any]] = Field(default={})
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     steps: PositiveInt
