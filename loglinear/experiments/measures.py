@@ -5,6 +5,7 @@ Shapes: r run, e example, t time, n label, w weight.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -63,9 +64,9 @@ def score_sets(ensemble: Ensemble, mode: Mode, trained: int, sets: Sequence[RowS
     return records
 
 
-def gradient_norms(ensemble: Ensemble, gradient_rw: torch.Tensor) -> list[dict[str, float]]:
+def gradient_norms(ensemble: Ensemble, gradient_rw: torch.Tensor) -> list[dict[str, float | None]]:
     """Each run's gradient norm by group of parameters."""
-    norms: list[dict[str, float]] = []
+    norms: list[dict[str, float | None]] = []
     for gradient_w in gradient_rw:
         squares = dict.fromkeys(GROUPS, 0.0)
         for name, part in ensemble.split(gradient_w):
@@ -89,7 +90,7 @@ class LevelScaleRecorder:
         self._tokens_et = rows.examples.tokens_et[:LEVEL_ROWS].long()
 
     @torch.no_grad()
-    def take(self) -> list[list[list[float]]]:
+    def take(self) -> list[list[list[float | None]]]:
         """For each run a row of `LEVEL_COLUMNS` for every layer and level."""
         taken = []
         for run in range(len(self._ensemble.runs)):
@@ -101,9 +102,9 @@ class LevelScaleRecorder:
         return taken
 
 
-def rounded(value: float) -> float:
-    """Five digits, which is more than any of it is good for."""
-    return float(f"{value:.5g}")
+def rounded(value: float) -> float | None:
+    """Five digits, which is more than any of it is good for; None, which JSON has, for what is not finite."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _level_rows(statistics: LevelScaleStatistics) -> Iterator[list[float]]:
@@ -143,7 +144,7 @@ def _summary(rows: RowSet, losses_en: torch.Tensor, hits_en: torch.Tensor) -> Re
     return summary
 
 
-def _regions(rows: RowSet, losses_et: torch.Tensor) -> list[float]:
+def _regions(rows: RowSet, losses_et: torch.Tensor) -> list[float | None]:
     """Mean loss between the edges, the row's start and its end."""
     bounds = [0, *rows.edges, rows.examples.length]
     means = [losses_et[:, start:end].double().mean() for start, end in pairwise(bounds)]

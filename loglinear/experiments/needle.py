@@ -76,9 +76,9 @@ def make_prompt(form: Form, haystack: list[str], sentences: int, rng: np.random.
     values = [_value(form, rng) for _ in keys]
     needles = [NEEDLE.format(kind=form.value, key=key, value=value) for key, value in zip(keys, values, strict=True)]
     hay = [NOISE] * sentences if form.haystack == "noise" else haystack[:sentences]
-    depths = rng.choice(DEPTHS, size=len(needles), replace=False) / (DEPTHS - 1)
-    for depth, needle in sorted(zip(depths.tolist(), needles, strict=True), reverse=True):
-        hay = [*hay[: int(depth * sentences)], needle, *hay[int(depth * sentences) :]]
+    places = rng.choice(DEPTHS, size=len(needles), replace=False) * sentences // (DEPTHS - 1)
+    for place, needle in sorted(zip(places.tolist(), needles, strict=True), reverse=True):
+        hay = [*hay[:place], needle, *hay[place:]]
     asked = int(rng.integers(form.needles))
     words = {"kind": form.value, "key": keys[asked]}
     separator = "\n" if form.haystack == "noise" else " "

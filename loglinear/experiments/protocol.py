@@ -111,12 +111,19 @@ class Experiment(Section):
 
 
 class Statistics(Section):
-    """A paired bootstrap over seeds of `focus` against every other log-linear mode, corrected by Holm."""
+    """A paired bootstrap over seeds of `focus` against every other log-linear mode, corrected by Holm.
+
+    Attributes:
+        unlearned: a run whose validation accuracy never reaches this has learned nothing.
+        collapse: a run that ends so far below its best validation accuracy has collapsed.
+    """
 
     focus: Mode
     resamples: PositiveInt
     confidence: float = Field(gt=0, lt=1)
     significance: float = Field(gt=0, lt=1)
+    unlearned: float = Field(gt=0, lt=1)
+    collapse: float = Field(gt=0, lt=1)
 
 
 class Protocol(Section):

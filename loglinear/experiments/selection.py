@@ -12,8 +12,7 @@ from loglinear.experiments.results import Result
 def validation_score(result: Result) -> float:
     """Minus the last validation loss, mean over its sets: the higher the better; minus infinity if it is not finite."""
     losses = [record["loss"] for record in result["curve"][-1]["validation"]]
-    loss = statistics.fmean(losses)
-    return -loss if math.isfinite(loss) else -math.inf
+    return -math.inf if None in losses else -statistics.fmean(losses)
 
 
 def sweep_scores(results: Sequence[Result], mode: str) -> dict[float, float]:
