@@ -85,6 +85,11 @@ class Experiment(Section):
             raise ValueError(f"records ({self.records}) must not be more than steps ({self.steps})")
         for mode in self.modes:
             self.config(mode)
+        trained, task = self.model.seq_len, self.task
+        if isinstance(task, NovelsTask) and (task.length != trained or trained not in task.edges):
+            raise ValueError(f"task.length and one of task.edges must be model.seq_len ({trained})")
+        if isinstance(task, RecallTask) and max(cell.length for cell in task.train) != trained:
+            raise ValueError(f"model.seq_len ({trained}) must be the longest length of task.train")
         return self
 
     def config(self, mode: Mode) -> Config:
