@@ -120,6 +120,6 @@ def _failures(summaries: Sequence[Summary]) -> Iterator[str]:
 
 def _accuracy(summary: Summary, mode: Mode, kind: str, test: str) -> str:
     runs = summary.final.get(mode)
-    if not runs:
+    if not runs or test not in summary.sets(kind):
         return "not run yet"
     return tables.spread([record_of(run, kind, test)["accuracy"] for run in runs], 100)

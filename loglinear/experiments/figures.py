@@ -110,7 +110,7 @@ def _draw_levels(summary: Summary, path: Path) -> None:
         for layer, place in enumerate(row):
             tables = [_levels_of(runs, record, layer) for record in range(len(runs[0]["curve"]))]
             for table, step in zip(tables, _steps(runs[0]), strict=True):
-                shade = 0.2 + 0.8 * step / summary.experiment.steps
+                shade = (1 + 4 * step / summary.experiment.steps) / 5
                 place.plot(
                     table[:, COLUMN["level"]], table[:, COLUMN["mean"]], color="tab:blue", alpha=shade, linewidth=1
                 )
