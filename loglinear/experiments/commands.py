@@ -67,10 +67,11 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """
     seeds: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()):
             raise UserError(f"--seeds {text!r}: write numbers and ranges, such as 0-9 or 0,3")
-        seeds |= set(range(int(first), int(last or first) + 1))
+        seeds |= set(range(int(first), int(last) + 1))
     if not seeds:
         raise UserError(f"--seeds {text!r} names no seed: write a range from its smaller number to its larger")
     return tuple(sorted(seeds))
