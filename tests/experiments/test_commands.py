@@ -62,8 +62,8 @@ def test_the_protocol_is_what_was_promised() -> None:
 def test_modes_of_language_modelling_have_as_many_parameters() -> None:
     from loglinear.model import build_model
 
-    experiment = load_protocol().experiment("novels")
-    counts = [build_model(experiment.config(mode).model, 0).parameter_count() for mode in experiment.modes]
+    novels = load_protocol().experiment("novels")
+    counts = [build_model(novels.config(mode).model, 0).parameter_count() for mode in novels.modes]
     assert max(counts) / min(counts) < 1.005
 
 
@@ -72,9 +72,9 @@ def test_kernels_have_the_sizes_of_the_protocol() -> None:
     pytest.importorskip("triton")
     from loglinear.ops.triton.config import STATE_SIZES, VALUE_SIZES
 
-    for experiment in load_protocol().experiments.values():
-        assert experiment.model.log_linear.head_dim in VALUE_SIZES
-        assert experiment.model.log_linear.state_dim in STATE_SIZES
+    for sizes in (each.model.log_linear for each in load_protocol().experiments.values()):
+        assert sizes.head_dim in VALUE_SIZES
+        assert sizes.state_dim in STATE_SIZES
 
 
 @pytest.mark.parametrize(
