@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from loglinear.experiments import tables
 from loglinear.experiments.protocol import Mode
+from loglinear.experiments.statistics import paired_bootstrap
 from loglinear.experiments.summary import Summary, record_of
 
 NOT_YET = "Not known yet: no run that would tell is finished."
 
 # The published claim, the experiment and test nearest to it, and the modes that stand for the two sides.
-PUBLISHED: tuple[tuple[str, str, str, str, tuple[Mode, ...]], ...] = (
+PUBLISHED: tuple[tuple[str, str, str, str, tuple[Mode, Mode]], ...] = (
     (
         "recall, length 128, 8 pairs: fixed 99.4, softplus MLP 99.2",
         "mqar_contiguous",
@@ -55,7 +58,7 @@ def reviewers_points(summaries: Sequence[Summary]) -> list[str]:
     parts = ["## The reviewer's points\n"]
     for title, answer in points:
         lines = list(answer(summaries))
-        parts.append(f"**{title}.** " + ("\n" + "\n".join(lines) if lines else NOT_YET) + "\n")
+        parts.append(f"### {title}\n\n" + ("\n".join(lines) or NOT_YET) + "\n")
     return parts
 
 
@@ -63,16 +66,17 @@ def published(summaries: Sequence[Summary]) -> list[str]:
     """One section: published numbers, and the nearest that were measured here."""
     by_name = {summary.name: summary for summary in summaries}
     rows = []
-    for claim, name, kind, test, modes in PUBLISHED:
+    for claim, name, kind, test, (first, second) in PUBLISHED:
         summary = by_name[name]
-        measured = [_accuracy(summary, mode, kind, test) for mode in modes]
-        rows.append([claim, f"{name} {test}", *(f"{mode} {text}" for mode, text in zip(modes, measured, strict=True))])
+        measured = (f"{mode}: {_accuracy(summary, mode, kind, test)}" for mode in (first, second))
+        rows.append([claim, f"{name} {test}", *measured, _beside(summary, first, second, kind, test)])
     return [
         "## Published numbers\n",
-        "Accuracy in per cent. Sizes, steps and models here are not those of the publications, so what can reproduce"
-        " is a direction, not a number. The published `fixed` depends on the input; it is `scaled` here. Published"
-        " perplexities of language models are for the token after the next, and have no counterpart.\n",
-        tables.table(["published", "nearest test here", "measured", "measured"], rows),
+        "Accuracy in per cent, and the second minus the first in points with its interval, paired by seed and not\n"
+        "corrected. Sizes, steps and models here are not those of the publications, so what can reproduce is a\n"
+        "direction, not a number. The published `fixed` depends on the input; it is `scaled` here. Published\n"
+        "perplexities of language models are for the token after the next, and have no counterpart.\n",
+        tables.table(["published", "nearest test here", "measured", "measured", "difference"], rows),
     ]
 
 
@@ -123,3 +127,18 @@ def _accuracy(summary: Summary, mode: Mode, kind: str, test: str) -> str:
     if not runs or test not in summary.sets(kind):
         return "not run yet"
     return tables.spread([record_of(run, kind, test)["accuracy"] for run in runs], 100)
+
+
+def _beside(summary: Summary, first: Mode, second: Mode, kind: str, test: str) -> str:
+    if test not in summary.sets(kind):
+        return ""
+    one, other = (
+        {run["seed"]: record_of(run, kind, test)["accuracy"] for run in summary.final.get(mode, [])}
+        for mode in (first, second)
+    )
+    seeds = sorted(one.keys() & other.keys())
+    if len(seeds) < 2:
+        return ""
+    rules, paired = summary.rules, np.array([other[seed] - one[seed] for seed in seeds])
+    found = paired_bootstrap(paired, rules.resamples, rules.confidence)
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"

@@ -22,8 +22,8 @@ from loglinear.train.level_scales import LevelScaleStatistics
 
 Record = dict[str, Any]
 
-TOKENS_AT_ONCE = 1 << 18  # of all runs, in one forward pass of an evaluation
-LOGITS_AT_ONCE = 1 << 28  # of all runs, likewise
+TOKENS_AT_ONCE = 1 << 20  # of all runs, in one forward pass of an evaluation
+LOGITS_AT_ONCE = 1 << 29  # of all runs, likewise
 LEVEL_ROWS = 4  # rows at which level scales are looked at
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LOW, HIGH = 0.05, 2.0  # level scales below and above are extreme; a start at one is neither

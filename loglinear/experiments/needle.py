@@ -140,8 +140,11 @@ def _row(
 
 
 def _longest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number in 0 .. limit that fits, where smaller ones fit if larger ones do."""
-    low, high = 0, limit
+    """The largest number in 0 .. limit that fits, where smaller ones fit if larger ones do; tries few large ones."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high - 1, limit)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -121,7 +121,9 @@ class _Runner:
         group = Group(plan, self.experiment, self.data(console), self.device, self.settings.state)
         if not group.train(self._must_stop, console):
             return False
+        trained_at = time.monotonic()
         tested = score_sets(group.ensemble, mode, self.experiment.model.seq_len, self._tests(phase))
+        group.seconds += time.monotonic() - trained_at
         append_results(self.path, [self._result(group, index, tested[index]) for index in range(len(missing))])
         group.forget()
         console.say(f"{plan.title}: {len(missing)} runs finished in {group.seconds:.0f} s")

@@ -79,7 +79,7 @@ class Summary:
 
     @property
     def gpu_minutes(self) -> float:
-        """Training time of all runs, those of the sweep included."""
+        """Time of all runs in training and test, those of the sweep included."""
         return sum(result["seconds"] for result in self.results) / 60
 
     @property

@@ -1,4 +1,4 @@
-"""The adaptive form learns associative recall, through the whole of an experiment: data, sweep's rate, training, test."""
+"""The adaptive form learns associative recall, through the whole of an experiment."""
 
 from __future__ import annotations
 

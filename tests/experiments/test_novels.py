@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.tokenizer import Tokenizer
 from loglinear.errors import UserError
 from loglinear.experiments.examples import Cell
-from loglinear.experiments.needle import FORMS, NOISE, make_prompt, needle_examples, split_sentences
+from loglinear.experiments.needle import FORMS, NOISE, _longest, make_prompt, needle_examples, split_sentences
 from loglinear.experiments.novels import Novel, next_token_rows, novels_tokenizer, read_novels, tokenise
 from tests.experiments.small import book
 
@@ -134,3 +134,11 @@ def test_a_haystack_that_is_too_small_is_refused(tokenizer: Tokenizer) -> None:
     for length, hay in ((40, SENTENCES), (1536, SENTENCES[:3])):
         with pytest.raises(UserError, match=f"needles in {length} tokens need"):
             needle_examples(FORMS["single_2"], Cell(length, 1, 1), hay, tokenizer, np.random.default_rng(0))
+
+
+def test_the_longest_that_fits_is_found() -> None:
+    for limit in (1, 7, 100):
+        for most in range(limit + 3):
+            tried: list[int] = []
+            assert _longest(lambda n, most=most, tried=tried: tried.append(n) or n <= most, limit) == min(most, limit)
+            assert max(tried) <= max(1, 2 * most), "what is far too long costs too much to try"
