@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from loglinear.errors import UserError
+from loglinear.experiments.commands import experiment
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; examples are in configs/.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -37,6 +38,7 @@ data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command()(experiment)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from loglinear.config_text import apply_override, explain, read_yaml
 from loglinear.errors import UserError
 
 __all__ = [
+    "BeyondName",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -46,6 +47,7 @@ Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = typing.Annotated[float, Field(ge=0.0, lt=1.0)]
 LevelScaleName = Literal["none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"]
 MixerName = Literal["log_linear", "softmax"]
+BeyondName = Literal["error", "clamp", "extend", "one"]  # what levels get that were never trained
 
 
 class RunConfig(Section):
@@ -84,7 +86,7 @@ class LogLinearConfig(Section):
     conv_width: PositiveInt = 4
     level_scale: LevelScaleName = "mlp"
     level_scale_hidden: PositiveInt = 64
-    beyond_trained_levels: Literal["error", "clamp"] = "clamp"
+    beyond_trained_levels: BeyondName = "clamp"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,7 +110,10 @@ class SoftmaxConfig(Section):
 
 
 class ModelConfig(Section):
-    """A decoder: `layers` blocks whose mixers repeat `pattern`, trained on sequences of `seq_len` tokens."""
+    """A decoder: `layers` blocks whose mixers repeat `pattern`, trained on sequences of `seq_len` tokens.
+
+    With `mlp_dim` 0 a block is its mixer alone, as in studies of recall.
+    """
 
     vocab_size: PositiveInt = 4096
     seq_len: PositiveInt = 512
@@ -117,7 +122,7 @@ class ModelConfig(Section):
     pattern: tuple[MixerName, ...] = Field(default=("log_linear",), min_length=1)
     log_linear: LogLinearConfig = LogLinearConfig()
     softmax: SoftmaxConfig = SoftmaxConfig()
-    mlp_dim: PositiveInt = 768
+    mlp_dim: int = Field(default=768, ge=0)
     tie_embeddings: bool = True
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)

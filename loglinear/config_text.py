@@ -96,14 +96,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _nearest(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     """A hint: the known key most like the unknown one at `location`."""
     place = tuple(part for part in location[:-1] if isinstance(part, str))
-    siblings = next(section.model_fields for path, section in _sections(root) if path == place)
+    siblings = next((section.model_fields for path, section in _sections(root) if path == place), {})
     near = {name: ".".join(map(str, (*location[:-1], name))) for name in siblings}
     known = {name: ".".join((*path, name)) for path, section in _sections(root) for name in section.model_fields}
     for names, likeness in ((near, 0.6), (known, 0.6), (near, 0.5)):  # lr and rl are alike by 0.5
         match = difflib.get_close_matches(str(location[-1]), names, 1, likeness)
         if match:
             return f"did you mean {names[match[0]]!r}?"
-    return f"known there: {', '.join(siblings)}"
+    return f"known there: {', '.join(siblings)}" if siblings else "leave it out"
 
 
 def _sections(

@@ -14,14 +14,14 @@ MIXERS = {"log_linear": LogLinearMixer, "softmax": SoftmaxMixer}
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); `config.pattern` says which mixer."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) if there is an MLP; `config.pattern` says which mixer."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer = MIXERS[config.mixer_of(layer)](config)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = SwiGLU(config.dim, config.mlp_dim)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps) if config.mlp_dim else None
+        self.mlp = SwiGLU(config.dim, config.mlp_dim) if config.mlp_dim else None
 
     def forward(
         self, x_btd: torch.Tensor, documents: Documents, state: MixerState | KeyValueCache | None = None
@@ -29,8 +29,11 @@ class Block(nn.Module):
         """Shapes [B, T, D] in and out; `state` as in `LogLinearMixer.forward`."""
         mixed_btd, state = self.mixer(self.mixer_norm(x_btd), documents, state)
         x_btd = x_btd + mixed_btd
+        if self.mlp is None or self.mlp_norm is None:
+            return x_btd, state
         return x_btd + self.mlp(self.mlp_norm(x_btd)), state
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of a token, averaged over a document of `seq_len` tokens, two per multiply-add."""
-        return self.mixer.flops_per_token(seq_len) + self.mlp.flops_per_token()
+        mlp = 0 if self.mlp is None else self.mlp.flops_per_token()
+        return self.mixer.flops_per_token(seq_len) + mlp

@@ -76,6 +76,13 @@ class LanguageModel(nn.Module):
         Returns:
             fp32: the cross-entropy summed over labels (a scalar, in nats) if there are labels, else logits [B, T, V].
         """
+        logits_btv = self.head(self.hidden(inputs_bt, documents))
+        if labels_bt is None:
+            return self.whole_logits(at_least_fp32(logits_btv)).view(*inputs_bt.shape, -1)
+        return self.loss(logits_btv, labels_bt)
+
+    def hidden(self, inputs_bt: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+        """What the head reads of tokens [B, T], as in `forward`: [B, T, D], or [1, B * T, D] of packed documents."""
         batch, time = inputs_bt.shape
         documents = documents or Documents.rows(batch, time, 0, inputs_bt.device)
         x_btd = self.embedding(inputs_bt if documents.cu_seqlens is None else inputs_bt.view(1, -1))
@@ -84,10 +91,7 @@ class LanguageModel(nn.Module):
                 x_btd, _ = checkpoint(block, x_btd, documents, use_reentrant=True)  # pyright: ignore[reportGeneralTypeIssues]
             else:
                 x_btd, _ = block(x_btd, documents)
-        logits_btv = self.head(self.norm(x_btd))
-        if labels_bt is None:
-            return self.whole_logits(at_least_fp32(logits_btv)).view(batch, time, -1)
-        return self.loss(logits_btv, labels_bt)
+        return self.norm(x_btd)
 
     def initial_state(self, batch: int) -> DecodeState:
         """The state before the first token of `batch` documents."""

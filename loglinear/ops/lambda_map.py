@@ -29,7 +29,11 @@ class LambdaMap(nn.Module):
     """
 
     def __init__(self, levels: int, beyond: str) -> None:
-        """`levels` are trained; `beyond` ("error" or "clamp") says what longer sequences get."""
+        """`levels` are trained; `beyond` says what the further levels of longer sequences get.
+
+        "error" refuses them; "clamp" repeats the logit of the last trained level, "extend" its lambda, which differs
+        under a softmax alone; "one" is lambda of plain linear attention.
+        """
         super().__init__()
         self.levels, self.beyond = levels, beyond
 
@@ -47,20 +51,29 @@ class LambdaMap(nn.Module):
         Raises:
             UserError: `length` needs more levels than were trained, and the policy is "error".
         """
-        logits_bthl = self.beyond_trained(at_least_fp32(self.logits(x_btd)), length)
-        return self.activate(logits_bthl, positions_bt)
+        missing = self.missing(length)
+        logits_bthl = at_least_fp32(self.logits(x_btd))
+        if missing and self.beyond == "clamp":
+            return self.activate(_repeat_last(logits_bthl, missing), positions_bt)
+        return self.extend(self.activate(logits_bthl, positions_bt), missing)
 
-    def beyond_trained(self, x_bthl: torch.Tensor, length: int) -> torch.Tensor:
-        """Logits or scales [B, T, H, L] with the levels that `length` tokens need; errors as in `forward`."""
-        missing = num_levels(length) - self.levels
-        if missing <= 0:
-            return x_bthl
-        if self.beyond == "error":
+    def missing(self, length: int) -> int:
+        """How many levels `length` tokens need beyond the trained ones; errors as in `forward`."""
+        missing = max(0, num_levels(length) - self.levels)
+        if missing and self.beyond == "error":
             raise UserError(
                 f"a sequence of {length} tokens needs {num_levels(length)} levels, but {self.levels} were"
                 " trained: give a shorter one, or set model.log_linear.beyond_trained_levels=clamp"
             )
-        return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], missing)], -1)
+        return missing
+
+    def extend(self, scales_bthl: torch.Tensor, missing: int) -> torch.Tensor:
+        """Lambda [B, T, H, L] with `missing` more levels."""
+        if missing == 0:
+            return scales_bthl
+        if self.beyond == "one":
+            return F.pad(scales_bthl, (0, missing), value=1.0)
+        return _repeat_last(scales_bthl, missing)
 
     def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
         """What the activation is applied to: broadcastable to [B, T, H, L]."""
@@ -176,7 +189,8 @@ class MLPLambdaMap(_ThroughMLP):
     """softplus(W2 gelu(W1 dl + b1) + b2) on each head's L logits, the adaptive form; starts at 1."""
 
     def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
-        return self.beyond_trained(self.mlp(self.project(x_btd), softplus=True), length)
+        missing = self.missing(length)
+        return self.extend(self.mlp(self.project(x_btd), softplus=True), missing)  # clamped logits give clamped scales
 
 
 class SoftmaxLambdaMap(_ThroughMLP):
@@ -219,7 +233,7 @@ def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, 
         heads: value heads.
         levels: `num_levels` of the training length.
         hidden: of the MLP, for the names that begin with `mlp`.
-        beyond: "error" or "clamp" (repeat the last trained level) for longer sequences.
+        beyond: what longer sequences get, as `LambdaMap` has it.
     """
     projected = {"dim": dim, "heads": heads, "levels": levels, "beyond": beyond}
     match name:
@@ -239,3 +253,7 @@ def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, 
             return SoftmaxLambdaMap(**projected, hidden=hidden)
         case "mlp_masked_softmax":
             return MaskedSoftmaxLambdaMap(**projected, hidden=hidden)
+
+
+def _repeat_last(x_bthl: torch.Tensor, times: int) -> torch.Tensor:
+    return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], times)], -1)

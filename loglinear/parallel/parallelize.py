@@ -173,7 +173,8 @@ def _communicate(model: Any, stream: Stream) -> None:
     model.loss = VocabParallelCrossEntropy(stream.axis)
     model.head.register_forward_pre_hook(enter)
     for block in model.blocks:
-        for half, last in ((block.mixer, block.mixer.out_proj), (block.mlp, block.mlp.down)):
+        mlp = [] if block.mlp is None else [(block.mlp, block.mlp.down)]
+        for half, last in [(block.mixer, block.mixer.out_proj), *mlp]:
             half.register_forward_pre_hook(enter)
             last.register_forward_hook(leave)
 

@@ -227,3 +227,19 @@ def test_every_parameter_learns(name: LevelScaleName) -> None:
         assert parameter.grad is not None, path
         assert parameter.grad.isfinite().all(), path
         assert parameter.grad.any(dim=-1).all(), f"some rows of {path} get no gradient"
+
+
+@pytest.mark.parametrize("name", WITH_SCALES)
+def test_longer_sequences_get_the_last_lambda_or_one_where_asked(name: LevelScaleName) -> None:
+    """Levels that were trained keep what the trained levels alone give; the two further ones do as they are told."""
+    module = disturbed(name)
+    x_btd, positions_bt = tokens(2, 113)
+    with pytest.MonkeyPatch.context() as patch:  # 113 tokens ask for as many levels as there are
+        patch.setattr("loglinear.ops.lambda_map.num_levels", lambda length: LEVELS)
+        trained_bthl = module(x_btd, positions_bt, 113)
+    assert trained_bthl is not None
+    for beyond, further in (("extend", trained_bthl[..., -1:]), ("one", torch.ones(()))):
+        module.beyond = beyond
+        scales_bthl = module(x_btd, positions_bt, 113)
+        torch.testing.assert_close(scales_bthl[..., :LEVELS], trained_bthl)
+        torch.testing.assert_close(scales_bthl[..., LEVELS:], further.expand(2, 113, HEADS, 2))

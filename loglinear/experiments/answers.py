@@ -1,0 +1,144 @@
+"""The reviewer's points and the published numbers, each beside what was measured; never more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from loglinear.experiments import tables
+from loglinear.experiments.protocol import Mode
+from loglinear.experiments.statistics import paired_bootstrap
+from loglinear.experiments.summary import Summary, record_of
+
+NOT_YET = "Not known yet: no run that would tell is finished."
+
+# The published claim, the experiment and test nearest to it, and the modes that stand for the two sides.
+PUBLISHED: tuple[tuple[str, str, str, str, tuple[Mode, Mode]], ...] = (
+    (
+        "recall, length 128, 8 pairs: fixed 99.4, softplus MLP 99.2",
+        "mqar_contiguous",
+        "test",
+        "128/8",
+        ("scaled", "mlp"),
+    ),
+    ("the same with 16 pairs: 99.3, 99.5", "mqar_contiguous", "test", "128/16", ("scaled", "mlp")),
+    ("the same with 32 pairs: 60.9 (sd 46.7), 99.6", "mqar_contiguous", "test", "128/32", ("scaled", "mlp")),
+    (
+        "recall trained at 128, tested at 256: 3.3, 33.2; in its repository 51.0 (39.2), 55.1 (23.8)",
+        "mqar_contiguous",
+        "longer",
+        "256/32",
+        ("scaled", "mlp"),
+    ),
+    ("selective copying, length 1024: 40.6 (19.8), 54.8 (2.3)", "copying", "test", "1024/16", ("scaled", "mlp")),
+    (
+        "log-linear paper, MQAR, length 256, width 64: Mamba-2 89.6, log-linear 92.9",
+        "mqar",
+        "test",
+        "256/64",
+        ("none", "scaled"),
+    ),
+)
+
+
+def reviewers_points(summaries: Sequence[Summary]) -> list[str]:
+    """One section, point by point."""
+    points = (
+        ("Variance and significance", _significance),
+        ("Is a linear layer enough?", lambda all_of_them: _against(all_of_them, "linear")),
+        ("Against decay that is truly fixed", lambda all_of_them: _against(all_of_them, "static")),
+        ("Against the log-linear paper's weights", lambda all_of_them: _against(all_of_them, "scaled")),
+        ("Against no level scales at all", lambda all_of_them: _against(all_of_them, "none")),
+        ("Statistics of lambda", _levels),
+        ("Gradient norms", lambda all_of_them: _where(all_of_them, "Gradients")),
+        ("Failure modes", _failures),
+        ("Lengths beyond training", lambda all_of_them: _where(all_of_them, "Longer than trained")),
+    )
+    parts = ["## The reviewer's points\n"]
+    for title, answer in points:
+        lines = list(answer(summaries))
+        parts.append(f"### {title}\n\n" + ("\n".join(lines) or NOT_YET) + "\n")
+    return parts
+
+
+def published(summaries: Sequence[Summary]) -> list[str]:
+    """One section: published numbers, and the nearest that were measured here."""
+    by_name = {summary.name: summary for summary in summaries}
+    rows = []
+    for claim, name, kind, test, (first, second) in PUBLISHED:
+        summary = by_name[name]
+        measured = (f"{mode}: {_accuracy(summary, mode, kind, test)}" for mode in (first, second))
+        rows.append([claim, f"{name} {test}", *measured, _beside(summary, first, second, kind, test)])
+    return [
+        "## Published numbers\n",
+        "Accuracy in per cent, and the second minus the first in points with its interval, paired by seed and not\n"
+        "corrected. Sizes, steps and models here are not those of the publications, so what can reproduce is a\n"
+        "direction, not a number. The published `fixed` depends on the input; it is `scaled` here. Published\n"
+        "perplexities of language models are for the token after the next, and have no counterpart.\n",
+        tables.table(["published", "nearest test here", "measured", "measured", "difference"], rows),
+    ]
+
+
+def _significance(summaries: Sequence[Summary]) -> Iterator[str]:
+    for summary in summaries:
+        compared = summary.comparisons
+        if compared:
+            counted = sum(comparison.counts for comparison in compared)
+            seeds = min(comparison.seeds for comparison in compared)
+            yield (
+                f"- {summary.name}: {counted} of {len(compared)} comparisons count as a difference, with at least"
+                f" {seeds} seeds a mode; every seed is in its table."
+            )
+
+
+def _against(summaries: Sequence[Summary], rival: Mode) -> Iterator[str]:
+    for summary in summaries:
+        for comparison in summary.comparisons:
+            if comparison.rival == rival:
+                text = tables.difference_text(summary, comparison)
+                yield f"- {summary.name}, {comparison.outcome}: {summary.rules.focus} minus {rival} is {text}."
+
+
+def _levels(summaries: Sequence[Summary]) -> Iterator[str]:
+    for summary in summaries:
+        if any(runs[0]["curve"][-1]["levels"] for runs in summary.final.values()):
+            yield f"- {summary.name}: table and picture under *Level scales* of its section."
+
+
+def _where(summaries: Sequence[Summary], heading: str) -> Iterator[str]:
+    for summary in summaries:
+        if summary.final:
+            place = "Loss by position" if summary.is_novels and heading == "Longer than trained" else heading
+            yield f"- {summary.name}: under *{place}* of its section."
+
+
+def _failures(summaries: Sequence[Summary]) -> Iterator[str]:
+    for summary in summaries:
+        runs = sum(map(len, summary.final.values()))
+        if runs:
+            failed = [summary.failures(mode) for mode in summary.final]
+            counts = (f"{sum(len(of_mode[kind]) for of_mode in failed)} {kind}" for kind in failed[0])
+            yield f"- {summary.name}: of {runs} reported runs {', '.join(counts)}."
+
+
+def _accuracy(summary: Summary, mode: Mode, kind: str, test: str) -> str:
+    runs = summary.final.get(mode)
+    if not runs or test not in summary.sets(kind):
+        return "not run yet"
+    return tables.spread([record_of(run, kind, test)["accuracy"] for run in runs], 100)
+
+
+def _beside(summary: Summary, first: Mode, second: Mode, kind: str, test: str) -> str:
+    if test not in summary.sets(kind):
+        return ""
+    one, other = (
+        {run["seed"]: record_of(run, kind, test)["accuracy"] for run in summary.final.get(mode, [])}
+        for mode in (first, second)
+    )
+    seeds = sorted(one.keys() & other.keys())
+    if len(seeds) < 2:
+        return ""
+    rules, paired = summary.rules, np.array([other[seed] - one[seed] for seed in seeds])
+    found = paired_bootstrap(paired, rules.resamples, rules.confidence)
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
