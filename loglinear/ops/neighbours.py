@@ -164,5 +164,6 @@ def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> torch.Tens
 
 
 def _has_kernels(x: torch.Tensor) -> bool:
-    """Whether Triton runs there, in that dtype."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether Triton runs there, in that dtype; inside `torch.vmap` x has no memory that a kernel could read."""
+    is_batched = torch._C._functorch.is_batchedtensor(x)
+    return x.is_cuda and not is_batched and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
