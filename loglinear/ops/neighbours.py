@@ -165,5 +165,5 @@ def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> torch.Tens
 
 def _has_kernels(x: torch.Tensor) -> bool:
     """Whether Triton runs there, in that dtype; inside `torch.vmap` x has no memory that a kernel could read."""
-    is_batched = torch._C._functorch.is_batchedtensor(x)
+    is_batched = torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
     return x.is_cuda and not is_batched and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
