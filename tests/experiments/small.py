@@ -41,7 +41,7 @@ def small_experiment(name: str, **changes: Any) -> Experiment:
         "task": whole["task"] | (NOVELS if novels else RECALL),
         "model": whole["model"] | model,
         "instead": {},
-        "optimizer": {"clip_norm": 0.2},
+        "optimizer": {},
         "schedule": {"warmup_steps": 1},
         "steps": 6,
         "batch": 4,

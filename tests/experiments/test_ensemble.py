@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,11 +20,11 @@ from tests.experiments.small import small_experiment
 
 RUNS = (Run(1e-2, 3), Run(3e-3, 4), Run(1e-2, 5))
 CPU = torch.device("cpu")
-BATCH = 4
+BATCH, CLIP = 4, 5.3  # some gradients are larger, some smaller
 
 
-def config_of(mode: Mode, **changes: typing.Any) -> Config:
-    return small_experiment("mqar", batch=BATCH, **changes).config(mode)
+def config_of(mode: Mode) -> Config:
+    return small_experiment("mqar", batch=BATCH, optimizer={"clip_norm": CLIP}).config(mode)
 
 
 def parts() -> list[Examples]:
@@ -61,9 +60,11 @@ def test_runs_side_by_side_are_runs_alone(mode: Mode) -> None:
     config, steps = config_of(mode), plan(6)
     ensemble = Ensemble(config, RUNS, CPU, torch.float32)
     trainer = Trainer(ensemble, config, parts())
+    norms = []
     for part, rows_rb in steps:
         trainer.train_step(part, rows_rb)
-    assert (trainer.norm_r > config.optimizer.clip_norm).any()
+        norms += trainer.norm_r.tolist()
+    assert min(norms) < config.optimizer.clip_norm < max(norms)
     for run in range(len(RUNS)):
         for name, wanted in train_alone(config, run, steps).named_parameters():
             actual = dict(ensemble.split(ensemble.weights_rw[run]))[name]

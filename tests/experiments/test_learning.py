@@ -17,7 +17,7 @@ def test_recall_is_learned_to_more_than_99_per_cent(tmp_path: Path) -> None:
     model = {"vocab_size": 32, "seq_len": 32, "dim": 64, "layers": 2, "mlp_dim": 0, "init_std": 0.1}
     model["log_linear"] = {"heads": 2, "head_dim": 32, "state_dim": 16, "level_scale_hidden": 16}
     small = small_experiment(
-        "mqar_contiguous", task=task, model=model, steps=700, batch=64, schedule={"warmup_steps": 70}, optimizer={}
+        "mqar_contiguous", task=task, model=model, steps=700, batch=64, schedule={"warmup_steps": 70}
     )
     settings = Settings(("mlp",), (0,), 0.01, None, tmp_path, tmp_path, None)
     assert run_experiment("mqar_contiguous", small, settings)

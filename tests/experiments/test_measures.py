@@ -86,7 +86,7 @@ def test_level_scales_are_those_of_each_run_at_the_tokens_that_read_them() -> No
         hook.remove()
         reading = [position for position in range(32) if position & 4]
         wanted = seen[0][:, reading, :, 3].flatten()
-        layer, level, mean, *quantiles, low, high = next(row for row in taken[run] if row[:2] == [0, 3])
+        mean, *quantiles, low, high = next(row[2:] for row in taken[run] if row[:2] == [0, 3])
         assert mean == pytest.approx(float(wanted.mean()), rel=1e-4)
         assert quantiles == pytest.approx(np.quantile(wanted.numpy(), [0.05, 0.25, 0.5, 0.75, 0.95]).tolist(), rel=1e-3)
         assert (low, high) == (float((wanted < 0.05).float().mean()), float((wanted > 2).float().mean()))

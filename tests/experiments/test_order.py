@@ -25,6 +25,8 @@ def test_an_epoch_shows_every_row_once_but_for_what_fills_no_batch() -> None:
                 shown = rows[epoch * per_epoch * BATCH : (epoch + 1) * per_epoch * BATCH]
                 assert len(set(shown.tolist())) == per_epoch * BATCH
                 assert set(shown.tolist()) <= set(range(size))
+        epochs = np.concatenate([batch[0] for batch in seen[part]])[: 2 * per_epoch * BATCH].reshape(2, -1)
+        assert (epochs[0] != epochs[1]).mean() > 0.8, "epochs have orders of their own"
         first, second = (np.concatenate([batch[run] for batch in seen[part]]) for run in range(2))
         assert (first != second).mean() > 0.8, "runs have orders of their own"
 

@@ -14,6 +14,7 @@ from loglinear.experiments.protocol import Protocol, load_protocol
 from loglinear.experiments.report import write_report
 from loglinear.experiments.results import append_results
 from loglinear.experiments.runner import run_experiment
+from loglinear.experiments.selection import best_rate
 from loglinear.experiments.summary import Summary, failure
 from tests.experiments.small import small_experiment
 from tests.experiments.test_runner import novels, settings, signals_as_before  # noqa: F401
@@ -122,6 +123,13 @@ def test_longer_rows_are_shown_by_policy(summary: Summary) -> None:
 
 def test_the_sweep_shows_its_choice(summary: Summary) -> None:
     assert rows(tables.sweep_table(summary))[3] == ["mlp", "1.700", "**1.600**"]
+
+
+def test_of_rates_that_tie_the_smallest_is_taken() -> None:
+    tied = [made("mlp", "sweep", rate, seed, 0.4) for rate in (1e-2, 1e-3, 3e-2) for seed in (1000, 1001)]
+    assert best_rate(tied, "mlp") == 1e-3
+    lost = [*tied, {**made("mlp", "sweep", 1e-4, 1000, 0.9), "curve": [record(6, 0.9, None)]}]
+    assert best_rate(lost, "mlp") == 1e-3, "a rate that diverges is never chosen"
 
 
 def test_comparisons_are_paired_by_seed(summary: Summary) -> None:
