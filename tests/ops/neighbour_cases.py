@@ -125,7 +125,7 @@ def check_operators() -> None:
         wanting = [
             a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
         ]
-        opcheck(operator, wanting, test_utils=OPERATOR_CHECKS)
+        opcheck(operator.definition, wanting, test_utils=OPERATOR_CHECKS)
 
 
 if __name__ == "__main__":

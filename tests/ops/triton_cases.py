@@ -113,7 +113,7 @@ def check_operator() -> None:
         tensors = [
             x if x is None else x[0].detach().requires_grad_() for x in (*list(inputs.leaves().values())[:4], scales)
         ]
-        opcheck(op._forward, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
+        opcheck(op._forward.definition, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
 
 
 if __name__ == "__main__":

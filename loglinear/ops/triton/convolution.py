@@ -12,13 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.partial_sums import steps_of_a_program
 
 BLOCK_I, BLOCK_C = 16, 64
 MOST_PROGRAMS = 256  # for each block of channels
 
 
-@torch.library.custom_op("loglinear::causal_conv_silu", mutates_args=())
+@operator("loglinear::causal_conv_silu")
 def causal_conv_silu(
     x_btc: torch.Tensor, weight_wc: torch.Tensor, bias_c: torch.Tensor, positions_bt: torch.Tensor
 ) -> torch.Tensor:
@@ -44,7 +45,7 @@ def _(x_btc, weight_wc, bias_c, positions_bt):
     return torch.empty_like(x_btc)
 
 
-@torch.library.custom_op("loglinear::causal_conv_silu_backward", mutates_args=())
+@operator("loglinear::causal_conv_silu_backward")
 def _causal_conv_silu_backward(
     dy_btc: torch.Tensor,
     x_btc: torch.Tensor,

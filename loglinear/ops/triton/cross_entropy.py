@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from loglinear.ops.triton.operator import operator
+
 MOST_AT_ONCE = 8192  # logits of a token
 
 
-@torch.library.custom_op("loglinear::cross_entropy", mutates_args=())
+@operator("loglinear::cross_entropy")
 def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-log softmax of each token's label, 0 for negative labels, and log sum exp of its logits; fp32 [tokens] both.
 
@@ -38,7 +40,7 @@ def _(logits_iv, labels_i):
     return tuple(logits_iv.new_empty(len(logits_iv), dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("loglinear::cross_entropy_backward", mutates_args=())
+@operator("loglinear::cross_entropy_backward")
 def _cross_entropy_backward(
     dloss_i: torch.Tensor, logits_iv: torch.Tensor, labels_i: torch.Tensor, normaliser_i: torch.Tensor
 ) -> torch.Tensor:

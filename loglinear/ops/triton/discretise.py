@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from loglinear.ops.triton.common import softplus
+from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.partial_sums import steps_of_a_program
 
 BLOCK_I = 16
 MOST_PROGRAMS = 256  # for each head
 
 
-@torch.library.custom_op("loglinear::discretise", mutates_args=())
+@operator("loglinear::discretise")
 def discretise(
     raw_ih: torch.Tensor, bias_h: torch.Tensor, a_log_h: torch.Tensor, v_ihp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +47,7 @@ def _(raw_ih, bias_h, a_log_h, v_ihp):
     return torch.empty_like(raw_ih, dtype=torch.float32), torch.empty_like(v_ihp)
 
 
-@torch.library.custom_op("loglinear::discretise_backward", mutates_args=())
+@operator("loglinear::discretise_backward")
 def _discretise_backward(
     dg_ih: torch.Tensor,
     dweighted_ihp: torch.Tensor,

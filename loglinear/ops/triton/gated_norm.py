@@ -12,13 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.partial_sums import steps_of_a_program
 
 BLOCK_I = 16
 MOST_PROGRAMS = 256  # for each head
 
 
-@torch.library.custom_op("loglinear::skip_gate_norm", mutates_args=())
+@operator("loglinear::skip_gate_norm")
 def skip_gate_norm(
     o_ihp: torch.Tensor,
     v_ihp: torch.Tensor,
@@ -49,7 +50,7 @@ def _(o_ihp, v_ihp, z_ihp, skip_h, weight_p, eps):
     return torch.empty_like(o_ihp)
 
 
-@torch.library.custom_op("loglinear::skip_gate_norm_backward", mutates_args=())
+@operator("loglinear::skip_gate_norm_backward")
 def _skip_gate_norm_backward(
     dy_ihp: torch.Tensor,
     o_ihp: torch.Tensor,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from loglinear.ops.triton.common import softplus
+from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.partial_sums import steps_of_a_program
 
 BLOCK_I = 32  # with two warps: small products, many programs
@@ -26,7 +27,7 @@ HIDDEN_SIZES = (16, 32, 64, 128)
 MOST_LEVELS = 32
 
 
-@torch.library.custom_op("loglinear::lambda_mlp", mutates_args=())
+@operator("loglinear::lambda_mlp")
 def lambda_mlp(
     logits_il: torch.Tensor,
     weight1_ml: torch.Tensor,
@@ -71,7 +72,7 @@ def _(logits_il, weight1_ml, bias1_m, weight2_lm, bias2_l):
     return torch.empty_like(logits_il)
 
 
-@torch.library.custom_op("loglinear::lambda_mlp_backward", mutates_args=())
+@operator("loglinear::lambda_mlp_backward")
 def _lambda_mlp_backward(
     dscales_il: torch.Tensor,
     logits_il: torch.Tensor,

@@ -19,6 +19,7 @@ from loglinear.ops.triton.decay_backward import decay_gradients
 from loglinear.ops.triton.edges import final_state, read_initial_state
 from loglinear.ops.triton.intra_backward import intra_gradients
 from loglinear.ops.triton.keys import key_gradients
+from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.output import outputs
 from loglinear.ops.triton.prepare import Decays, levels_innermost, slots_innermost, sum_decays
 from loglinear.ops.triton.queries import query_gradients
@@ -76,7 +77,7 @@ def _sizes(q_tgn: Tensor, v_thp: Tensor) -> Sizes:
     return Sizes(v_thp.shape[1], q_tgn.shape[1], q_tgn.shape[2], v_thp.shape[2], v_thp.dtype)
 
 
-@torch.library.custom_op("loglinear::forward", mutates_args=())
+@operator("loglinear::forward")
 def _forward(
     q_tgn: Tensor,
     k_tgn: Tensor,
@@ -114,7 +115,7 @@ def _(q_tgn, k_tgn, v_thp, g_th, scales_thl, lengths, starts, scale):
     )
 
 
-@torch.library.custom_op("loglinear::backward", mutates_args=())
+@operator("loglinear::backward")
 def _backward(
     do_thp: Tensor,
     q_tgn: Tensor,

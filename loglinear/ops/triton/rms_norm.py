@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.partial_sums import steps_of_a_program
 
 MOST_WIDTH = 8192  # a row must fit in the registers of a program
@@ -21,7 +22,7 @@ NUMBERS = 2048  # of all rows that a program has at once
 MOST_PROGRAMS = 1024
 
 
-@torch.library.custom_op("loglinear::rms_norm", mutates_args=())
+@operator("loglinear::rms_norm")
 def rms_norm(x_id: torch.Tensor, weight_d: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, in x's dtype, computed in fp32.
 
@@ -53,7 +54,7 @@ def _(x_id, weight_d, eps):
     return torch.empty_like(x_id)
 
 
-@torch.library.custom_op("loglinear::rms_norm_backward", mutates_args=())
+@operator("loglinear::rms_norm_backward")
 def _rms_norm_backward(
     dy_id: torch.Tensor, x_id: torch.Tensor, weight_d: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

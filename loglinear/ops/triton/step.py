@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from loglinear.ops.triton.operator import operator
+
 MOST_VALUES = 32  # of a head in a program: more programs than heads, since a batch may be one sequence
 
 
-@torch.library.custom_op("loglinear::step", mutates_args=())
+@operator("loglinear::step")
 def step(
     buckets_shknp: torch.Tensor,
     positions_s: torch.Tensor,
