@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import shlex
 import shutil
@@ -143,6 +144,8 @@ class _Run:
             self.monitor.close()
         refused = self.guard.refused
         self.engine.deepspeed.destroy()
+        del self.engine, self.statistics
+        gc.collect()  # else the next engine has to fit into memory beside this one
         self._begin(snapshot, samples)
         self.guard.refused = refused
         if self.monitor is not None:

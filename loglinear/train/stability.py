@@ -106,7 +106,8 @@ class Rollbacks:
         if self._to[folder] == ROLLBACKS:
             raise UserError(
                 f"step {step} cannot be trained ({reason}), and going back to {folder} {ROLLBACKS} times has not"
-                " helped: lower optimizer.lr, or remove that folder to go back further"
+                " helped: lower optimizer.lr, raise stability.spike if the data change here on purpose, or remove that"
+                " folder to go back further"
             )
         self._to[folder] += 1
 

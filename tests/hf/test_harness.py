@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from data_pipeline.tokenizer import Tokenizer
 from loglinear.config import DataConfig
@@ -20,6 +17,7 @@ from loglinear.hf.harness import evaluate_tasks
 from loglinear.model import LanguageModel
 from tests.hf.runs import exported
 
+lm_eval = pytest.importorskip("lm_eval")
 QUESTIONS = [("bad cab", [" fed", " abcde", " h"], 0), ("head", [" dead", " a bad cab"], 0), ("", [" face", " a"], 0)]
 
 
@@ -98,9 +96,11 @@ def test_a_run_is_evaluated_as_by_hand(run: tuple[LanguageModel, Path], tasks: P
 
 def test_the_harness_runs_on_the_exported_folder_itself(run: tuple[LanguageModel, Path], tasks: Path) -> None:
     model, folder = run
-    wrapped = HFLM(pretrained=str(folder / "hf"), trust_remote_code=True, add_bos_token=False, device="cpu")
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    results = simple_evaluate(wrapped, tasks=["own_text"], task_manager=manager)
+    wrapped = pytest.importorskip("lm_eval.models.huggingface").HFLM(
+        pretrained=str(folder / "hf"), trust_remote_code=True, add_bos_token=False, device="cpu"
+    )
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager(include_path=str(tasks), include_defaults=False)
+    results = lm_eval.simple_evaluate(wrapped, tasks=["own_text"], task_manager=manager)
     assert results is not None
     _, perplexity = expected(model, Tokenizer(folder / "run" / "tokenizer.model"))
     assert results["results"]["own_text"]["byte_perplexity,none"] == pytest.approx(perplexity, rel=1e-4)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from loglinear.checkpoint import load_exported
 from loglinear.config import DataConfig, LevelScaleName
@@ -24,6 +23,7 @@ from tests.corpus import VOCAB
 from tests.hf.runs import exported
 from tests.model.model_cases import PATTERNS, gradients, tiny
 
+transformers = pytest.importorskip("transformers")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LOG_LINEAR = {"heads": 4, "head_dim": 6, "groups": 2, "state_dim": 5, "conv_width": 4, "level_scale_hidden": 7}
 Pair = tuple[LanguageModel, Any]
@@ -34,7 +34,7 @@ def tokens(batch: int, time: int, seed: int = 0) -> torch.Tensor:
 
 
 def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module", params=PATTERNS)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loglinear.config import DataConfig
 from loglinear.train.run import train
@@ -16,14 +15,15 @@ from tests.hf.runs import exported
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import losses, saved_tensors, small_config
 
+transformers = pytest.importorskip("transformers")
+
 
 def loglinear(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "loglinear", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_starts_from_what_another_exported(prepared: DataConfig, tmp_path: Path, ranks: int) -> None:
+def test_a_run_starts_from_what_another_exported(prepared: DataConfig, tmp_path: Path) -> None:
     """Its weights are those, but for one tiny update; tensor ranks cut them."""
     first = small_config(tmp_path / "first", prepared, train={"steps": 8})
     assert exit_codes(start_ranks(1, train, first)) == [0]
@@ -38,15 +38,17 @@ def test_a_run_starts_from_what_another_exported(prepared: DataConfig, tmp_path:
         train={"steps": 1},
         schedule={"warmup_steps": 0},
         optimizer={"lr": 1e-9},
-        parallel={"tensor": ranks},
+        parallel={"tensor": 2},
     )
-    assert exit_codes(start_ranks(ranks, train, again)) == [0] * ranks
+    assert exit_codes(start_ranks(2, train, again)) == [0, 0]
     wanted = saved_tensors(tmp_path / "first")
     for name, tensor in saved_tensors(tmp_path / "second").items():
         if name.startswith("weight/"):
             torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-8)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    text = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)("abc", return_tensors="pt")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    text = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)(
+        "abc", return_tensors="pt"
+    )
     written = model.generate(**text, max_new_tokens=3, do_sample=False)
     assert written.shape[1] <= text["input_ids"].shape[1] + 3
 

@@ -11,7 +11,6 @@ import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from loglinear.config import DataConfig
@@ -19,6 +18,7 @@ from loglinear.errors import UserError
 from loglinear.hf.tokenizer import fast_tokenizer
 from tests.hf.runs import exported
 
+transformers = pytest.importorskip("transformers")
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py"))] + [
     "▁ is no space ▁▁",
     "\U0001f600 中文\x00\x7f",
@@ -98,7 +98,7 @@ def test_transformers_loads_it_and_pads_on_the_left(prepared: DataConfig, tmp_pa
     _, folder = exported(tmp_path, prepared)
     own, theirs = (
         Tokenizer(folder.parent / "run" / "tokenizer.model"),
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
     )
     for text in ("bad cab", "<s> abc ▁ é\n", ""):
         assert theirs(text)["input_ids"] == [own.bos_id, *own.encode(text)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -94,6 +95,24 @@ def test_generation_goes_on_from_the_prompt(reference: Path, capsys: pytest.Capt
     assert text == generated(reference, capsys, 0.8, 0)
     assert text != generated(reference, capsys, 0.8, 1)
     assert generated(reference, capsys, 0.0, 0) == generated(reference, capsys, 0.0, 1)
+
+
+def test_generation_prints_tokens_as_they_come(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every write is flushed before the next, so that a reader sees it at once."""
+    done: list[str] = []
+
+    class Reader(io.StringIO):
+        def write(self, text: str) -> int:
+            done.append(text)
+            return len(text)
+
+        def flush(self) -> None:
+            done.append("flushed")
+
+    monkeypatch.setattr(sys, "stdout", Reader())
+    generate_text(reference, "abc", 20, 0.8, 0)
+    assert done.count("flushed") == 20
+    assert "".join(part for part in done if part != "flushed").startswith("abc")
 
 
 def test_a_moved_run_still_generates(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

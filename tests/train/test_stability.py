@@ -137,8 +137,9 @@ def guard(losses: list[float], norms: list[float], **changes: float) -> Guard:
 
 def test_a_spike_is_judged_by_median_and_deviation() -> None:
     """By hand: losses 1..9 have median 5 and median deviation 2, so 6 deviations end at 5 + 6 * 1.4826 * 2."""
-    seen = guard([float(n) for n in range(1, 10)], [1.0] * 9, spike=1e9)
-    seen._config = StabilityConfig(window=32, spike=6.0)
+    seen = Guard(StabilityConfig(window=32, spike=6.0))
+    for loss in range(1, 10):
+        seen.note(float(loss), 1.0, None)
     limit = 5 + 6 * 1.4826 * 2
     assert seen.judge(limit - 0.01, 1.0) is None
     assert seen.judge(limit + 0.01, 1.0) == f"the loss {limit + 0.01:.3f} is 6 deviations above the last 9"
