@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from launch.commands import app as launch_app
 from loglinear.errors import UserError
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; examples are in configs/.", metavar="CONFIG")]
@@ -28,6 +29,7 @@ data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(launch_app)
 
 
 @app.command()

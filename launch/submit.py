@@ -1,0 +1,116 @@
+"""From a configuration to a job: everything that can be found wrong is found before anything is submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import local, slurm, status
+from launch.cluster import ClusterConfig
+from launch.job import FOLDER, JobFolder, Submission
+from launch.supervisor import supervise
+from launch.sweep import SweepConfig, write_sweep
+from loglinear.config import Config
+from loglinear.errors import UserError
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that can be submitted.
+
+    Attributes:
+        config: with absolute paths.
+        job: its folder, which need not exist.
+    """
+
+    config: Config
+    job: JobFolder
+
+
+def plan(config: Config, cluster: ClusterConfig) -> Planned:
+    """Check that the run fits the ranks, and that nobody is at it.
+
+    Raises:
+        UserError: the batch or the grid does not divide over the ranks, or the run is submitted already.
+    """
+    from loglinear.parallel.mesh import data_parallel_size
+
+    config = config.with_absolute_paths()
+    config.train.micro_batches(data_parallel_size(config.parallel, cluster.ranks))
+    job = JobFolder(config.run.folder / FOLDER)
+    if job.submission_file.exists() and status.is_active(job):
+        raise UserError(
+            f"{config.run.folder} is being trained by job {job.submission().id} already:"
+            f" `loglinear cancel {config.run.folder}` ends that, or choose another run.dir"
+        )
+    return Planned(config, job)
+
+
+def dry_run(planned: Planned, cluster: ClusterConfig, after: Sequence[Path] = ()) -> str:
+    """The script and the configurations that a submission would use; SLURM is asked whether it would take them.
+
+    Raises:
+        UserError: it would not.
+    """
+    described = f"# cluster\n{cluster.to_yaml()}\n# run\n{planned.config.to_yaml()}"
+    if cluster.kind == "local":
+        return described
+    executor = slurm.make_executor(cluster, planned.job.submitit, planned.config.run.name, after=_ids(after))
+    slurm.check(executor, cluster)
+    return f"{slurm.script_of(executor)}\n{described}"
+
+
+def submit(planned: Planned, cluster: ClusterConfig, after: Sequence[Path] = ()) -> Submission:
+    """Submit a run that must wait until the runs in the folders `after` have finished.
+
+    Raises:
+        UserError: SLURM would not take the job, or one of `after` was never submitted; nothing is written then.
+    """
+    job, ids = planned.job, _ids(after)
+    if cluster.kind == "local":
+        job.write(planned.config, cluster)
+        return _recorded(job, Submission(kind="local", id=local.start(job, cluster, after=after), log=job.local_log))
+    executor = slurm.make_executor(cluster, job.submitit, planned.config.run.name, after=ids)
+    slurm.check(executor, cluster)
+    job.write(planned.config, cluster)
+    handle = executor.submit(supervise, str(job.root))
+    return _recorded(job, Submission(kind="slurm", id=handle.job_id, log=handle.paths.stdout))
+
+
+def submit_many(planned: Sequence[Planned], cluster: ClusterConfig, sweep: SweepConfig) -> list[Submission]:
+    """Submit the runs of a sweep, of which at most `parallel` run at once: as a SLURM array.
+
+    Raises:
+        UserError: as for `submit`.
+    """
+    folder, ids = sweep.folder, _ids(sweep.depends_on)
+    if cluster.kind == "local":
+        _write_all(planned, cluster, sweep)
+        slots = (folder / "slots", sweep.parallel)
+        started = [(each.job, local.start(each.job, cluster, after=sweep.depends_on, slots=slots)) for each in planned]
+        return [_recorded(job, Submission(kind="local", id=number, log=job.local_log)) for job, number in started]
+    executor = slurm.make_executor(cluster, folder / "submitit", sweep.name, parallel=sweep.parallel, after=ids)
+    slurm.check(executor, cluster)
+    _write_all(planned, cluster, sweep)
+    with executor.batch():
+        handles = [executor.submit(supervise, str(each.job.root)) for each in planned]
+    return [
+        _recorded(each.job, Submission(kind="slurm", id=handle.job_id, log=handle.paths.stdout))
+        for each, handle in zip(planned, handles, strict=True)
+    ]
+
+
+def _write_all(planned: Sequence[Planned], cluster: ClusterConfig, sweep: SweepConfig) -> None:
+    write_sweep(sweep)
+    for each in planned:
+        each.job.write(each.config, cluster)
+
+
+def _ids(after: Sequence[Path]) -> list[str]:
+    return [JobFolder.of(run_dir).submission().id for run_dir in after]
+
+
+def _recorded(job: JobFolder, submission: Submission) -> Submission:
+    job.submitted(submission)
+    return submission

@@ -1,0 +1,34 @@
+"""The same run under SLURM and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.slurm.runs import ROOT, Launcher
+from tests.train.small import losses, records, saved_tensors
+
+pytestmark = pytest.mark.slurm
+
+
+def test_two_nodes_of_two_ranks_give_what_torchrun_gives_on_four(launcher: Launcher) -> None:
+    run = launcher.submit("slurm", launcher.config("slurm"), nodes=2, ranks_per_node=2, gpus_per_node=2)
+    run.wait_until_finished()
+    config, _ = launcher.write("torchrun", launcher.config("torchrun"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    subprocess.run(
+        [*command, "-m", "loglinear", "train", str(config)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    other = launcher.folder / "torchrun"
+    assert records(run.folder) == records(other)
+    expected = saved_tensors(other)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved_tensors(run.folder).items())
+    assert len(losses(run.folder)) == 40
+    assert len(run.starts()[0].nodes) == 2
