@@ -73,7 +73,6 @@ class Cluster:
     def start(self) -> None:
         """Write the configuration and start every daemon."""
         self._write()
-        # munged lies about nothing but who may read its key: one folder that only root enters.
         self._run("munged", "munged", "--foreground", *self._munge_options())
         wait_for((self.folder / "munge.socket").exists)
         self._run("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
@@ -88,18 +87,25 @@ class Cluster:
 
     def crash_node(self, node: str) -> None:
         """Kill a node's slurmd and whatever runs on it, as a power cut does."""
-        for name in (f"SLURMD_NODENAME={node}", f"[{node}]"):
-            del name
-        self._daemons.pop(node).kill()
-        for pid in [*self._steps_of(node), *self.processes(f"SLURMD_NODENAME={node}")]:
+        steps = [pid for pid in self.processes() if any(f"/slurmd-{node}.log" in link for link in _open_files(pid))]
+        for pid in [*steps, *self.processes(f"SLURMD_NODENAME={node}")]:
             _kill(pid)
+        self._daemons.pop(node).wait()
 
     def revive_node(self, node: str) -> None:
-        """Bring a crashed node back."""
-        self.start_node(node)
-        wait_for(lambda: self.command("sinfo", "-h", "-n", node, "-o", "%T").split() != ["down*"])
-        if "down" in self.command("sinfo", "-h", "-n", node, "-o", "%T"):
-            self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        """Bring a node back that crashed or was set down; returns once it takes jobs again."""
+        if node not in self._daemons:
+            self.start_node(node)
+        self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        wait_for(lambda: self.node_state(node) in ("idle", "mixed", "allocated"))
+
+    def lives(self, node: str) -> bool:
+        """Whether the node's slurmd was not killed."""
+        return node in self._daemons
+
+    def node_state(self, node: str) -> str:
+        """What SLURM says of a node; a star at the end means that it does not answer."""
+        return self.command("sinfo", "-h", "-N", "-p", "high", "-n", node, "-o", "%T").strip()
 
     def command(self, *arguments: str) -> str:
         """What a SLURM command says."""
@@ -111,11 +117,6 @@ class Cluster:
         """Processes whose environment holds all `variables` and that belong to this SLURM."""
         wanted = [f"SLURM_CONF={self.environment['SLURM_CONF']}", *variables]
         return [pid for pid, found in _environments() if all(each in found for each in wanted) and pid != os.getpid()]
-
-    def _steps_of(self, node: str) -> list[int]:
-        """The slurmstepd of a node: they have its slurmd's spool folder open."""
-        spool = str(self.folder / f"spool-{node}")
-        return [pid for pid in self.processes() if any(spool in link for link in _open_files(pid))]
 
     def stop(self) -> None:
         """End every job and every daemon; fails if a process is left."""

@@ -52,15 +52,31 @@ class SubmittedRun:
         """What SLURM says of the job."""
         return self.cluster.command("squeue", "-h", "-t", "all", "-j", self.id, "-o", "%T").strip()
 
-    def rank(self, node: str, local: int = 0) -> int:
+    def rank(self, rank: int) -> int:
         """The process of a rank."""
-        (pid,) = self.cluster.processes(
-            f"SLURM_JOB_ID={self.id.replace('_', '-')}",
-            f"SLURMD_NODENAME={node}",
-            f"SLURM_LOCALID={local}",
-            "SLURM_STEP_NUM_TASKS",
-        )
-        return pid
+        return self.ranks()[rank]
+
+    def ranks(self) -> dict[int, int]:
+        """The processes of its ranks, which are those that were told of the job, apart from the srun that did it."""
+        size = self.job.cluster().ranks
+        found = {rank: self.cluster.processes(f"SLURM_PROCID={rank}") for rank in range(size)}
+        return {rank: pid for rank, pids in found.items() for pid in pids if self._is_rank(pid)}
+
+    def _is_rank(self, pid: int) -> bool:
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except OSError:
+            return False
+        return "python" in command[0] and str(self.job.root) in command
+
+    def is_training(self, attempt: int) -> bool:
+        """Whether the ranks of an attempt have made steps."""
+        log = self.job.logs(attempt) / "rank-0.log"
+        return log.exists() and "\nstep " in log.read_text()
+
+    def last_saved(self) -> int:
+        """The step of the last complete checkpoint."""
+        return self.job.last_step()
 
     def wait_until_step(self, step: int) -> None:
         """Return once `step` was recorded."""
@@ -95,6 +111,13 @@ class Launcher:
         for section, settings in changes.items():
             quick[section] = quick.get(section, {}) | settings
         return small_config(self.folder / name, self.data, **quick)
+
+    def faulty_python(self) -> Path:
+        """Instead of Python: it runs ranks that can be made to fail."""
+        script = self.folder / "python"
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} -u {ROOT}/tests/slurm/faulty_rank.py "$@"\n')
+        script.chmod(0o755)
+        return script
 
     def write(self, name: str, config: Config, **cluster: Any) -> tuple[Path, Path]:
         """The files of a run and of a part of the cluster."""
