@@ -39,14 +39,15 @@ def start(
     options += [] if slots is None else ["--slots", str(slots[0]), "--parallel", str(slots[1])]
     command = shlex.join([sys.executable, "-u", "-m", "launch.local", str(job.root), *options])
     script = "\n".join(["set -e", *cluster.setup, f"exec {command}"])
+    before = len(job.attempts())
     with job.local_log.open("ab") as log:
         process = subprocess.Popen(
             ["bash", "-c", script], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    while not is_alive(job):
-        if process.poll() is not None and not job.attempts():
-            raise UserError(f"the run ended before it began: {job.local_log} says why")
+    while not is_alive(job) and process.poll() is None:
         time.sleep(POLL_SECONDS / 10)
+    if process.poll() and len(job.attempts()) == before:
+        raise UserError(f"the run ended before it began: {job.local_log} says why")
     return str(process.pid)
 
 

@@ -19,7 +19,7 @@ from launch.job import JobFolder
 
 EXIT_REFUSED = 2  # of a rank that a user's mistake ended
 POLL_SECONDS = 0.1
-KILL_SECONDS = 30.0  # that ranks have to end after one of them has failed
+KILL_SECONDS = 5.0  # that ranks have to end after one of them has failed; what watchdogs say takes two
 # srun's words for a task that ended badly, and for a node that it could not reach.
 TASK = re.compile(r"srun: error: (\S+): (tasks? [\d,\-]+): (.+)")
 NODE = re.compile(r"srun: error: .*(?:Node failure on|failed on node|Unable to contact node) ([^\s:]+)")
@@ -126,7 +126,7 @@ class LocalRanks:
                 yield rank, process.returncode
 
     def _end(self) -> None:
-        """As srun does: what the watchdogs have to say needs a moment, then all are ended."""
+        """As srun does: ask, then kill."""
         deadline = time.monotonic() + KILL_SECONDS
         self.signal(signal.SIGTERM)
         while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:

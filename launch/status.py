@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -12,12 +13,13 @@ from pathlib import Path
 from rich.table import Table
 
 from launch import local, slurm
-from launch.job import FOLDER, End, JobFolder, Start
+from launch.job import FOLDER, End, JobFolder, Start, Submission
 from loglinear.errors import UserError
 from loglinear.train.folder import Progress, RunFolder
 
 ACTIVE = {"RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
 POLL_SECONDS = 0.5
+ASK_SECONDS = 3.0  # between two requests to save
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,31 @@ def cancel(job: JobFolder, seconds: float) -> Status:
     if not is_active(job):
         raise UserError(f"{job.run_dir} is not running, so there is nothing to cancel")
     job.cancel_marker.touch()
-    submission = job.submission()
-    deadline = time.monotonic() + seconds
-    signalled = False
+    submission, deadline, asked = job.submission(), time.monotonic() + seconds, 0.0
     while (row := statuses([job])[0]).state in ACTIVE:
-        if submission.kind == "local":
-            _stop_local(submission.id, signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL, signalled)
-        elif row.state == "PENDING" or time.monotonic() > deadline:
-            slurm.cancel(submission.id)
-        elif row.state == "RUNNING" and not signalled:
-            slurm.signal_ranks(submission.id, "USR2")
-        signalled = True
+        if time.monotonic() > deadline or row.state == "PENDING":
+            _end(submission)
+        elif time.monotonic() > asked + ASK_SECONDS:  # again, for ranks that were only starting
+            asked = time.monotonic()
+            _ask_to_save(submission)
         time.sleep(POLL_SECONDS)
     return row
+
+
+def _ask_to_save(submission: Submission) -> None:
+    if submission.kind == "slurm":
+        slurm.signal_ranks(submission.id, "USR2")
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(submission.id), signal.SIGTERM)
+
+
+def _end(submission: Submission) -> None:
+    if submission.kind == "slurm":
+        slurm.cancel(submission.id)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(submission.id), signal.SIGKILL)
 
 
 def duration(seconds: float) -> str:
@@ -122,13 +136,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _stop_local(pid: str, number: int, signalled: bool) -> None:
-    if number == signal.SIGKILL:
-        os.killpg(int(pid), number)
-    elif not signalled:
-        os.kill(int(pid), number)
 
 
 def _status(job: JobFolder, known: tuple[str, str] | None) -> Status:

@@ -71,7 +71,23 @@ def preflight(config: Config, world: World) -> str:
         raise FailedNodes(failed)
     if not is_sum_right:
         raise FailedNodes(sorted({rank.node for rank in ranks}))
-    return _report(ranks, SIDE[world.device.type], all_reduce_seconds)
+    return report(ranks, SIDE[world.device.type], all_reduce_seconds)
+
+
+def report(ranks: list[Health], side: int, all_reduce_seconds: float) -> str:
+    """A line for the log; a node is slow if its product took `SLOW` times the median."""
+    seconds = [rank.seconds for rank in ranks]
+    median = statistics.median(seconds)
+    line = (
+        f"Preflight: {len(ranks)} ranks on {', '.join(sorted({rank.node for rank in ranks}))} agree;"
+        f" a matrix product of {side} takes {min(seconds) * 1e3:.2f} to {max(seconds) * 1e3:.2f} ms,"
+        f" an all-reduce of {ALL_REDUCE_FLOATS * 4 / 2**20:g} MiB {all_reduce_seconds * 1e3:.2f} ms."
+    )
+    slow = {rank.node: rank.seconds for rank in ranks if rank.seconds >= SLOW * median}
+    if slow:
+        named = ", ".join(f"{node} ({seconds / median:.1f} times the median)" for node, seconds in slow.items())
+        line += f" Slow: {named}."
+    return line
 
 
 def require_agreement(world: World, facts: dict[str, str]) -> None:
@@ -134,18 +150,3 @@ def _all_reduce(world: World) -> tuple[float, bool]:
         total = (values.min().item(), values.max().item())
     expected = world.size * (world.size - 1) / 2
     return time.perf_counter() - start, total == (expected, expected)
-
-
-def _report(ranks: list[Health], side: int, all_reduce_seconds: float) -> str:
-    seconds = [rank.seconds for rank in ranks]
-    median = statistics.median(seconds)
-    line = (
-        f"Preflight: {len(ranks)} ranks on {', '.join(sorted({rank.node for rank in ranks}))} agree;"
-        f" a matrix product of {side} takes {min(seconds) * 1e3:.2f} to {max(seconds) * 1e3:.2f} ms,"
-        f" an all-reduce of {ALL_REDUCE_FLOATS * 4 / 2**20:g} MiB {all_reduce_seconds * 1e3:.2f} ms."
-    )
-    slow = {rank.node: rank.seconds for rank in ranks if rank.seconds > SLOW * median}
-    if slow:
-        named = ", ".join(f"{node} ({seconds / median:.1f} times the median)" for node, seconds in slow.items())
-        line += f" Slow: {named}."
-    return line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,11 @@ class Launcher:
         cluster_file.write_text(yaml.safe_dump(settings | cluster))
         return run_file, cluster_file
 
-    def submit(self, name: str, config: Config, **cluster: Any) -> SubmittedRun:
-        """Submit a run; returns once SLURM has it."""
+    def submit(self, name: str, config: Config, after: Sequence[SubmittedRun] = (), **cluster: Any) -> SubmittedRun:
+        """Submit a run, to start once those of `after` have finished; returns as soon as SLURM has it."""
         run_file, cluster_file = self.write(name, config, **cluster)
-        done = loglinear("submit", run_file, "--cluster", cluster_file)
+        depends_on = [option for run in after for option in ("--depends-on", run.folder)]
+        done = loglinear("submit", run_file, "--cluster", cluster_file, *depends_on)
         assert done.returncode == 0, done.stderr
         return self.submitted(config.run.folder)
 

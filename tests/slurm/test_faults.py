@@ -9,44 +9,52 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.processes import wait_for
-from tests.slurm.cluster import Cluster
+from loglinear.checkpoint import read_latest
+from loglinear.config import Config
+from loglinear.train.run import train
+from tests.processes import exit_codes, start_ranks, wait_for
+from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.runs import PATIENCE, ROOT, Launcher, SubmittedRun
 from tests.train.small import losses, records, saved_tensors
 
 pytestmark = pytest.mark.slurm
 
-STEPS, SAVED_EVERY = 400, 5
+STEPS, SAVED_EVERY = 600, 5
 HANG_SECONDS = 15
 RANDOM_FAULTS = 10
 REPORT = ROOT / "build" / "recovery.md"
 
 
-def start(launcher: Launcher, name: str) -> SubmittedRun:
-    config = launcher.config(
+def configure(launcher: Launcher, name: str) -> Config:
+    return launcher.config(
         name,
         train={"steps": STEPS, "hang_seconds": HANG_SECONDS},
         eval={"every": 200},
         checkpoint={"every": SAVED_EVERY},
     )
-    return launcher.submit(name, config, python=str(launcher.faulty_python()), exclude_bad_nodes=True)
+
+
+def start(launcher: Launcher, name: str, **cluster: Any) -> SubmittedRun:
+    """A run whose ranks can be made to fail."""
+    return launcher.submit(name, configure(launcher, name), python=str(launcher.faulty_python()), **cluster)
 
 
 @pytest.fixture(scope="module")
-def reference(launcher: Launcher) -> Path:
-    """The folder of a run that nothing strikes."""
-    run = start(launcher, "undisturbed")
-    run.wait_until_finished()
-    assert len(run.starts()) == 1
-    return run.folder
+def reference(launcher: Launcher) -> Iterator[Path]:
+    """The folder of a run that nothing strikes: two processes without SLURM, beside everything else here."""
+    config = configure(launcher, "undisturbed")
+    ranks = start_ranks(2, train, config)
+    yield config.run.folder
+    assert exit_codes(ranks, 0) == [0, 0]
 
 
 @pytest.fixture(scope="module")
-def run(launcher: Launcher) -> SubmittedRun:
+def run(launcher: Launcher, reference: Path) -> SubmittedRun:
     """The run that the faults below strike one after the other."""
     return start(launcher, "struck")
 
@@ -117,12 +125,14 @@ FAULTS: dict[str, Callable[[SubmittedRun], None]] = {
 
 
 @pytest.fixture(autouse=True)
-def revive(cluster: Cluster) -> Iterator[None]:
-    """Every node is well again after a test."""
+def repair(cluster: Cluster, run: SubmittedRun) -> Iterator[None]:
+    """After a test every node is well, and the job may run for long."""
     yield
-    for node in ("n1", "n2", "n3", "n4"):
-        if cluster.node_state(node).strip("*") in ("down", "drained", "drng", "drain") or not cluster.lives(node):
+    for node in NODES:
+        if not cluster.lives(node) or cluster.node_state(node).startswith(("down", "drain")):
             cluster.revive_node(node)
+    if run.state() != "COMPLETED":
+        cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -164,16 +174,14 @@ def test_after_all_these_faults_the_run_is_the_undisturbed_one(run: SubmittedRun
     assert_same(run, reference)
 
 
-def test_ten_faults_at_random_moments_leave_no_gap_and_no_doubled_step(
-    launcher: Launcher, reference: Path, cluster: Cluster
-) -> None:
+def test_ten_faults_at_random_moments_leave_no_gap_and_no_doubled_step(launcher: Launcher, reference: Path) -> None:
     rng = random.Random()
-    run = start(launcher, "random")
-    strikes = [kill_rank, kill_rank, kill_rank, kill_rank, kill_rank, send_usr2, send_usr2, requeue, requeue, preempt]
+    run = start(launcher, "random", max_restarts=2 * RANDOM_FAULTS)
+    strikes = [kill_rank] * 5 + [send_usr2, send_usr2, requeue, requeue, preempt]
     rng.shuffle(strikes)
     for strike in strikes:
         attempts = len(run.starts())
-        wait_for(lambda attempts=attempts: run.starts() and is_alive(run), PATIENCE)
+        wait_for(lambda attempts=attempts: run.starts() and 1 in run.ranks(), PATIENCE)
         time.sleep(rng.uniform(0.0, 6.0))
         strike(run)
         wait_for(lambda attempts=attempts: len(run.starts()) > attempts, PATIENCE)
@@ -182,12 +190,9 @@ def test_ten_faults_at_random_moments_leave_no_gap_and_no_doubled_step(
     assert_same(run, reference)
 
 
-def is_alive(run: SubmittedRun) -> bool:
-    return bool(run.ranks())
-
-
 def assert_same(run: SubmittedRun, reference: Path) -> None:
     """Bit for bit; `losses` finds gaps and doubled steps."""
+    wait_for(lambda: read_latest(reference / "checkpoints").step == STEPS, PATIENCE)
     assert len(losses(run.folder)) == STEPS
     assert records(run.folder) == records(reference)
     expected = saved_tensors(reference)
