@@ -22,6 +22,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from launch.cluster import ClusterConfig, load_cluster
+from loglinear.checkpoint_folders import COMPLETE, complete_checkpoints, step_of
 from loglinear.config import Config, load_config
 from loglinear.errors import UserError
 from loglinear.train.folder import RunFolder
@@ -212,8 +213,6 @@ class JobFolder:
 
     def last_checkpoint(self) -> tuple[int, float] | None:
         """Step and age in seconds of the last complete checkpoint."""
-        from loglinear.checkpoint.files import COMPLETE, complete_checkpoints, step_of
-
         folders = complete_checkpoints(RunFolder(self.run_dir).checkpoints)
         if not folders:
             return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import submitit
 
 SECONDS = 60  # that a command of SLURM may take
-
+UNDISTURBED = ("env", "--ignore-signal=TERM")  # requeueing a job ends its processes, and these too
 NO_SLURM = "there is no SLURM here (no sbatch): submit on a login node, or take --cluster local"
 
 
@@ -112,14 +112,14 @@ def state_of(job_id: str) -> str:
 
 
 def requeue(job_id: str, exclude: Iterable[str] = ()) -> None:
-    """Put a job that runs back into the queue, to run on other nodes than those of `exclude`.
+    """Put the job that this process belongs to back into the queue, to run on other nodes than those of `exclude`.
 
     Raises:
         UserError: SLURM refuses.
     """
-    _ask(["scontrol", "requeue", job_id])
-    if nodes := ",".join(sorted(exclude)):
-        _ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"])
+    _ask([*UNDISTURBED, "scontrol", "requeue", job_id])
+    if nodes := ",".join(sorted(exclude)):  # may be changed only of a job that waits
+        _ask([*UNDISTURBED, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"])
 
 
 def signal_ranks(job_id: str, name: str) -> None:
@@ -181,15 +181,30 @@ def _exports(cluster: ClusterConfig) -> list[str]:
 
 
 def _check_partition(cluster: ClusterConfig) -> None:
-    rows = [line.split("|") for line in _ask(["sinfo", "--noheader", "--format=%R|%G|%D"]).splitlines()]
+    rows = [line.split("|") for line in _ask(["sinfo", "--noheader", "--format=%R|%G|%D|%l"]).splitlines()]
     names = sorted({row[0] for row in rows})
     if cluster.partition is not None and not set(cluster.partition.split(",")) <= set(names):
         raise UserError(f"there is no partition {cluster.partition!r}: this cluster has {', '.join(names)}")
-    asked = cluster.partition.split(",") if cluster.partition else names
-    most = max((_gpus(row[1]) for row in rows if row[0] in asked), default=0)
-    if cluster.gpus_per_node > most:
-        where = f"partition {cluster.partition}" if cluster.partition else "this cluster"
-        raise UserError(f"gpus_per_node ({cluster.gpus_per_node}) is more than a node of {where} has ({most})")
+    asked = [row for row in rows if cluster.partition is None or row[0] in cluster.partition.split(",")]
+    where = f"partition {cluster.partition}" if cluster.partition else "any partition here"
+    gpus = max((_gpus(row[1]) for row in asked), default=0)
+    if cluster.gpus_per_node > gpus:
+        raise UserError(f"gpus_per_node ({cluster.gpus_per_node}) is more than a node of {where} has ({gpus})")
+    nodes = max((sum(int(row[2]) for row in asked if row[0] == name) for name in names), default=0)
+    if cluster.nodes > nodes:
+        raise UserError(f"nodes ({cluster.nodes}) is more than {where} has ({nodes})")
+    minutes = max(map(_minutes, (row[3] for row in asked)), default=0.0)
+    if cluster.minutes > minutes:
+        raise UserError(f"minutes ({cluster.minutes}) is more than {where} allows ({minutes:g})")
+
+
+def _minutes(limit: str) -> float:
+    """A time limit that sinfo prints as 30:00, 10:00:00, 1-12:00:00, infinite or n/a."""
+    if not limit[0].isdigit():
+        return float("inf")
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, seconds = [0, 0, *map(int, clock.split(":"))][-3:]
+    return 24 * 60 * int(days or 0) + 60 * hours + minutes + seconds / 60
 
 
 def _gpus(resources: str) -> int:

@@ -65,12 +65,13 @@ def submit(planned: Planned, cluster: ClusterConfig, after: Sequence[Path] = ())
     """Submit a run that must wait until the runs in the folders `after` have finished.
 
     Raises:
-        UserError: SLURM would not take the job, or one of `after` was never submitted; nothing is written then.
+        UserError: SLURM would not take the job, or one of `after` will not finish; nothing is written then.
     """
     job, ids = planned.job, _ids(after)
     if cluster.kind == "local":
         job.write(planned.config, cluster)
-        return _recorded(job, Submission(kind="local", id=local.start(job, cluster, after=after), log=job.local_log))
+        number = local.start(job, cluster, after=_still_to_finish(after))
+        return _recorded(job, Submission(kind="local", id=number, log=job.local_log))
     executor = slurm.make_executor(cluster, job.submitit, planned.config.run.name, after=ids)
     slurm.check(executor, cluster)
     job.write(planned.config, cluster)
@@ -107,8 +108,24 @@ def _write_all(planned: Sequence[Planned], cluster: ClusterConfig, sweep: SweepC
         each.job.write(each.config, cluster)
 
 
+def _still_to_finish(after: Sequence[Path]) -> list[Path]:
+    """Those runs that one must wait for.
+
+    Raises:
+        UserError: a run was never submitted, or has ended without finishing.
+    """
+    waiting = []
+    for run_dir in after:
+        row = status.statuses([JobFolder.of(run_dir)])[0]
+        if row.state in status.ACTIVE:
+            waiting.append(run_dir)
+        elif row.state != "finished":
+            raise UserError(f"{run_dir} did not finish ({row.state}), so what depends on it would never start")
+    return waiting
+
+
 def _ids(after: Sequence[Path]) -> list[str]:
-    return [JobFolder.of(run_dir).submission().id for run_dir in after]
+    return [JobFolder.of(run_dir).submission().id for run_dir in _still_to_finish(after)]
 
 
 def _recorded(job: JobFolder, submission: Submission) -> Submission:

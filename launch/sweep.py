@@ -18,7 +18,7 @@ from loglinear.config_section import NAME_PATTERN, Section
 from loglinear.config_text import explain, read_yaml
 from loglinear.errors import UserError
 
-SWEEP_FILE = "sweep.yaml"
+SWEEP_FILE = "sweep.resolved.yaml"
 TABLE_FILE = "table.md"
 COMPARISON = "comparison"  # TensorBoard's folder of settings beside results
 LONGEST_NAME = 120
@@ -128,8 +128,10 @@ def update_report(run_dir: Path) -> None:
     folder = run_dir.parent
     if not (folder / SWEEP_FILE).exists():
         return
+    sweep = load_sweep(folder / SWEEP_FILE)
+    if run_dir.name not in sweep.variants():
+        return
     with FileLock(folder / "report.lock"):
-        sweep = load_sweep(folder / SWEEP_FILE)
         rows = [_row(folder / name, settings) for name, settings in sweep.variants().items()]
         temporary = folder / (TABLE_FILE + ".tmp")
         temporary.write_text(markdown(rows), encoding="utf-8")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("loglinear", "data_pipeline", "launch")
 # Each may import those before it.
 CONFIG = ["config_section", "config_text", "config_data", "config"]
-FLOW = ["errors", *CONFIG, "ops", "model", "parallel", "checkpoint", "train", "launch"]
+FLOW = ["errors", "checkpoint_folders", *CONFIG, "ops", "model", "parallel", "checkpoint", "train", "launch"]
 FRONT_DOOR = {"loglinear.cli", "loglinear.__main__"}
 VERSION = {"loglinear", "loglinear.__version__"}  # all that the package itself holds
 LONGEST_FILE = 400

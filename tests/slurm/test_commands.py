@@ -85,13 +85,19 @@ def test_a_sweep_of_six_is_an_array_of_which_two_run_at_once(launcher: Launcher,
 
 
 def test_a_run_whose_predecessor_fails_is_not_started(launcher: Launcher) -> None:
-    first = launcher.submit("failing", launcher.config("failing"), python="/bin/false", max_restarts=0)
+    failing = {"python": "/bin/false", "max_restarts": 0}
+    first = launcher.submit("failing", launcher.config("failing"), **failing, sbatch={"hold": True})
     after = launcher.submit("orphan", launcher.config("orphan"), after=[first])
+    launcher.cluster.command("scontrol", "release", first.id)
     wait_for(lambda: first.state() == "FAILED", PATIENCE)
     assert first.ends()[-1].outcome == "gave up"
     assert "1 attempts in a row failed without a new checkpoint after step 0" in first.ends()[-1].reason
     wait_for(lambda: after.state() == "CANCELLED", PATIENCE)
     assert after.starts() == []
+    run_file, cluster_file = launcher.write("late", launcher.config("late"))
+    late = loglinear("submit", run_file, "--cluster", cluster_file, "--depends-on", first.folder)
+    assert late.returncode == 2
+    assert f"{first.folder} did not finish (gave up), so what depends on it would never start" in late.stderr
 
 
 def test_a_node_that_computes_wrongly_is_named_and_avoided(launcher: Launcher) -> None:
@@ -103,7 +109,9 @@ def test_a_node_that_computes_wrongly_is_named_and_avoided(launcher: Launcher) -
     )
     run.wait_until_finished()
     assert "wrong results of a matrix product on n2" in run.said()
-    assert [start.nodes for start in run.starts()] == [("n1", "n2"), ("n1", "n3")]
+    first, second = (start.nodes for start in run.starts())
+    assert "n2" in first
+    assert "n2" not in second
     assert run.ends()[0].bad_nodes == ("n2",)
     assert run.ends()[1].step == 4
 
@@ -111,18 +119,21 @@ def test_a_node_that_computes_wrongly_is_named_and_avoided(launcher: Launcher) -
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"sbatch": {"licenses": "gold:1"}}, "SLURM refuses the job: "),
         ({"partition": "fast"}, "there is no partition 'fast': this cluster has high, low"),
-        ({"gpus_per_node": 5}, "gpus_per_node (5) is more than a node of this cluster has (4)"),
-        ({"nodes": 5}, "SLURM refuses the job: "),
-        ({"minutes": 9999}, "SLURM refuses the job: "),
-        ({"ranks_per_node": 3}, "train.global_batch (8) must be a multiple of train.micro_batch (2) times"),
+        ({"gpus_per_node": 5}, "gpus_per_node (5) is more than a node of any partition here has (4)"),
+        ({"nodes": 5}, "nodes (5) is more than any partition here has (4)"),
+        ({"minutes": 601, "partition": "low"}, "minutes (601) is more than partition low allows (600)"),
+        ({"ranks_per_node": 3}, "train.global_batch (40) must be a multiple of train.micro_batch (2) times"),
     ],
 )
 def test_what_slurm_would_not_take_is_told_before_it_is_submitted(
     launcher: Launcher, cluster: Cluster, changes: dict[str, Any], sentence: str
 ) -> None:
     before = cluster.command("squeue", "-h", "-t", "all", "-o", "%i")
-    run_file, cluster_file = launcher.write("refused", launcher.config("refused"), **changes)
+    run_file, cluster_file = launcher.write(
+        "refused", launcher.config("refused", train={"global_batch": 40}), **changes
+    )
     for dry in ([], ["--dry-run"]):
         done = loglinear("submit", run_file, "--cluster", cluster_file, *dry)
         assert done.returncode == 2

@@ -12,13 +12,16 @@ import torch
 from tests.slurm.runs import ROOT, Launcher
 from tests.train.small import losses, records, saved_tensors
 
+STEPS = 12
+
 pytestmark = pytest.mark.slurm
 
 
 def test_two_nodes_of_two_ranks_give_what_torchrun_gives_on_four(launcher: Launcher) -> None:
-    run = launcher.submit("slurm", launcher.config("slurm"), nodes=2, ranks_per_node=2, gpus_per_node=2)
+    length = {"train": {"steps": STEPS}, "eval": {"every": 6}}
+    run = launcher.submit("slurm", launcher.config("slurm", **length), nodes=2, ranks_per_node=2, gpus_per_node=2)
     run.wait_until_finished()
-    config, _ = launcher.write("torchrun", launcher.config("torchrun"))
+    config, _ = launcher.write("torchrun", launcher.config("torchrun", **length))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     subprocess.run(
         [*command, "-m", "loglinear", "train", str(config)],
@@ -30,5 +33,5 @@ def test_two_nodes_of_two_ranks_give_what_torchrun_gives_on_four(launcher: Launc
     assert records(run.folder) == records(other)
     expected = saved_tensors(other)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved_tensors(run.folder).items())
-    assert len(losses(run.folder)) == 40
+    assert len(losses(run.folder)) == STEPS
     assert len(run.starts()[0].nodes) == 2
