@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.job import JobFolder
+from launch.ranks import EXIT_REFUSED
 from loglinear.errors import UserError
 from loglinear.train.signals import StopRequest
 
@@ -31,13 +32,17 @@ def main(folder: Path) -> None:
     try:
         train(job.config(), stop)
     except UserError as error:
-        print(f"loglinear: {error}", flush=True)
-        os._exit(2)  # as below
+        end(f"loglinear: {error}", EXIT_REFUSED)
     except FailedNodes as failure:
-        print(failure, flush=True)
         if os.environ["RANK"] == "0":
             job.add_bad_nodes(failure.nodes)
-        os._exit(EXIT_BAD_NODE)  # without waiting for ranks that cannot answer any more
+        end(f"loglinear: {failure}", EXIT_BAD_NODE)
+
+
+def end(words: str, code: int) -> None:
+    """Say why, and end at once: leaving the group in good order could wait for ranks that do not answer any more."""
+    print(words, flush=True)
+    os._exit(code)
 
 
 if __name__ == "__main__":

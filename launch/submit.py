@@ -56,7 +56,9 @@ def dry_run(planned: Planned, cluster: ClusterConfig, after: Sequence[Path] = ()
     described = f"# cluster\n{cluster.to_yaml()}\n# run\n{planned.config.to_yaml()}"
     if cluster.kind == "local":
         return described
-    executor = slurm.make_executor(cluster, planned.job.submitit, planned.config.run.name, after=_ids(after))
+    executor = slurm.make_executor(
+        cluster, planned.job.submitit, planned.config.run.name, after=_ids(_unfinished(after, cluster))
+    )
     slurm.check(executor, cluster)
     return f"{slurm.script_of(executor)}\n{described}"
 
@@ -67,12 +69,12 @@ def submit(planned: Planned, cluster: ClusterConfig, after: Sequence[Path] = ())
     Raises:
         UserError: SLURM would not take the job, or one of `after` will not finish; nothing is written then.
     """
-    job, ids = planned.job, _ids(after)
+    job, waiting = planned.job, _unfinished(after, cluster)
     if cluster.kind == "local":
         job.write(planned.config, cluster)
-        number = local.start(job, cluster, after=_still_to_finish(after))
+        number = local.start(job, cluster, after=waiting)
         return _recorded(job, Submission(kind="local", id=number, log=job.local_log))
-    executor = slurm.make_executor(cluster, job.submitit, planned.config.run.name, after=ids)
+    executor = slurm.make_executor(cluster, job.submitit, planned.config.run.name, after=_ids(waiting))
     slurm.check(executor, cluster)
     job.write(planned.config, cluster)
     handle = executor.submit(supervise, str(job.root))
@@ -85,13 +87,14 @@ def submit_many(planned: Sequence[Planned], cluster: ClusterConfig, sweep: Sweep
     Raises:
         UserError: as for `submit`.
     """
-    folder, ids = sweep.folder, _ids(sweep.depends_on)
+    folder, waiting = sweep.folder, _unfinished(sweep.depends_on, cluster)
     if cluster.kind == "local":
         _write_all(planned, cluster, sweep)
         slots = (folder / "slots", sweep.parallel)
-        started = [(each.job, local.start(each.job, cluster, after=sweep.depends_on, slots=slots)) for each in planned]
+        started = [(each.job, local.start(each.job, cluster, after=waiting, slots=slots)) for each in planned]
         return [_recorded(job, Submission(kind="local", id=number, log=job.local_log)) for job, number in started]
-    executor = slurm.make_executor(cluster, folder / "submitit", sweep.name, parallel=sweep.parallel, after=ids)
+    place, ids = folder / "submitit", _ids(waiting)
+    executor = slurm.make_executor(cluster, place, sweep.name, parallel=sweep.parallel, after=ids)
     slurm.check(executor, cluster)
     _write_all(planned, cluster, sweep)
     with executor.batch():
@@ -108,24 +111,29 @@ def _write_all(planned: Sequence[Planned], cluster: ClusterConfig, sweep: SweepC
         each.job.write(each.config, cluster)
 
 
-def _still_to_finish(after: Sequence[Path]) -> list[Path]:
-    """Those runs that one must wait for.
+def _unfinished(after: Sequence[Path], cluster: ClusterConfig) -> list[Path]:
+    """Those runs that one on `cluster` must wait for.
 
     Raises:
-        UserError: a run was never submitted, or has ended without finishing.
+        UserError: a run was never submitted, has ended without finishing, or runs where nobody can wait for it.
     """
     waiting = []
     for run_dir in after:
-        row = status.statuses([JobFolder.of(run_dir)])[0]
+        job = JobFolder.of(run_dir)
+        row = status.statuses([job])[0]
         if row.state in status.ACTIVE:
+            if job.submission().kind != cluster.kind:
+                raise UserError(
+                    f"{run_dir} runs on {job.submission().kind}, and this run on {cluster.kind} cannot wait"
+                )
             waiting.append(run_dir)
         elif row.state != "finished":
             raise UserError(f"{run_dir} did not finish ({row.state}), so what depends on it would never start")
     return waiting
 
 
-def _ids(after: Sequence[Path]) -> list[str]:
-    return [JobFolder.of(run_dir).submission().id for run_dir in _still_to_finish(after)]
+def _ids(runs: Sequence[Path]) -> list[str]:
+    return [JobFolder.of(run_dir).submission().id for run_dir in runs]
 
 
 def _recorded(job: JobFolder, submission: Submission) -> Submission:

@@ -46,14 +46,17 @@ def refusal(folder: Path, *arguments: str | Path) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["plan"], ["eval"], ["export"], ["generate"], ["data"], ["data", "prepare"], ["bench", "kernels"]],
+    [
+        *([], ["train"], ["plan"], ["eval"], ["export"], ["generate"], ["data"], ["data", "prepare"]),
+        *(["bench", "kernels"], ["submit"], ["jobs"], ["logs"], ["cancel"], ["sweep"]),
+    ],
 )
 def test_help_of_every_command(tmp_path: Path, command: list[str]) -> None:
     done = loglinear(tmp_path, *command, "--help")
     assert done.returncode == 0
     assert done.stderr == ""
     assert re.search(r"Usage:.*loglinear", done.stdout) or "Options" in done.stdout
-    for name in [] if command else ["train", "plan", "eval", "export", "generate", "data", "bench"]:
+    for name in [] if command else ["train", "plan", "eval", "export", "generate", "data", "bench", "submit", "sweep"]:
         assert re.search(rf"^\W*{name} ", done.stdout, re.MULTILINE)
 
 

@@ -33,7 +33,7 @@ def test_a_node_has_as_many_ranks_as_gpus_unless_told_otherwise() -> None:
     [
         ({"partitoin": "gpu"}, "unknown key 'partitoin'; did you mean 'partition'?"),
         ({"kind": "local", "nodes": 2}, "nodes (2): a local run has one node; set ranks_per_node for more ranks"),
-        ({"minutes": 1, "save_seconds": 60}, "save_seconds (60) must be less than a job's 1 min"),
+        ({"minutes": 1, "save_seconds": 60}, "save_seconds (60) must be less than the 1 minutes of a job"),
         ({"nodes": 0}, "nodes = 0: Input should be greater than 0"),
         (
             {"container": {"image": "i"}, "python": "p"},

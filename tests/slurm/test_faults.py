@@ -89,11 +89,11 @@ def preempt(run: SubmittedRun) -> None:
 
 def reach_time_limit(run: SubmittedRun) -> None:
     """SLURM looks at time limits every 30 s; until then the ranks sleep nine tenths of their time."""
-    attempts = len(run.ends())
+    attempts, pids = len(run.ends()), list(run.ranks().values())
     run.cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=1")
     while len(run.ends()) == attempts:
         for number, seconds in ((signal.SIGSTOP, 0.45), (signal.SIGCONT, 0.05)):
-            for pid in run.ranks().values():
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             time.sleep(seconds)
