@@ -75,7 +75,7 @@ def table(rows: Sequence[Status]) -> Table:
     """What a terminal shows."""
     shown = Table(box=None, header_style="bold")
     for heading in ("run", "job", "state", "step", "loss", "tokens/s", "left", "last checkpoint", "starts", "note"):
-        shown.add_column(heading, overflow="fold")
+        shown.add_column(heading, overflow="fold", no_wrap=heading not in ("run", "note"))
     for row in rows:
         progress = row.progress
         live = progress if row.state in ACTIVE else None
