@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from data_pipeline.background import end_with_parent
 from launch import slurm
 from launch.cluster import ClusterConfig
 from launch.job import JobFolder
@@ -117,6 +118,7 @@ class LocalRanks:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=end_with_parent(),
             )
 
     def _failed(self) -> Iterator[tuple[int, int]]:

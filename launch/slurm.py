@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import submitit
 
 SECONDS = 60  # that a command of SLURM may take
+AGAIN_SECONDS = 2.0  # between questions to a controller that does not answer
 UNDISTURBED = ("env", "--ignore-signal=TERM")  # requeueing a job ends its processes, and these too
 NO_SLURM = "there is no SLURM here (no sbatch): submit on a login node, or take --cluster local"
 
@@ -106,9 +109,13 @@ def job_states(ids: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def state_of(job_id: str) -> str:
-    """The state of one job, as SLURM's controller has it; UNKNOWN if it does not answer."""
-    match = re.search(r"\bJobState=(\w+)", _run(["scontrol", "show", "--oneliner", "job", job_id]).stdout)
-    return match[1] if match else "UNKNOWN"
+    """The state of a job, as SLURM's controller has it; while that is away, this waits for it."""
+    while True:
+        with contextlib.suppress(UserError):
+            answer = _run(["scontrol", "show", "--oneliner", "job", job_id]).stdout
+            if match := re.search(r"\bJobState=(\w+)", answer):
+                return match[1]
+        time.sleep(AGAIN_SECONDS)
 
 
 def requeue(job_id: str, exclude: Iterable[str] = ()) -> None:

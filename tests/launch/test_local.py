@@ -100,6 +100,18 @@ def test_a_rank_is_killed_the_run_is_cancelled_and_goes_on(prepared: DataConfig,
     assert "finished" in loglinear("jobs", run_dir)
 
 
+def test_ranks_do_not_outlive_their_supervisor(prepared: DataConfig, tmp_path: Path) -> None:
+    """Else those of the next submission would write beside them."""
+    config = write(tmp_path, prepared, train={"steps": 2000}, checkpoint={"every": 1000}, eval={"every": 1000})
+    loglinear("submit", config, "--cluster", "local")
+    job = JobFolder.of(tmp_path / "run")
+    wait_for(lambda: step_of(tmp_path / "run") >= 2, PATIENCE)
+    os.kill(int(job.submission().id), signal.SIGKILL)
+    wait_for(lambda: rank_pids(job) == [], PATIENCE)
+    assert job.last_step() == step_of(tmp_path / "run") >= 2, "they were asked to save"
+    assert "lost" in loglinear("jobs", tmp_path)
+
+
 def test_a_run_that_fails_again_and_again_gives_up_with_a_reason(prepared: DataConfig, tmp_path: Path) -> None:
     config = write(tmp_path, prepared)
     loglinear("submit", config, "--cluster", "local", "cluster.python=/bin/false", "cluster.max_restarts=1")

@@ -75,11 +75,21 @@ class Cluster:
         self._write()
         self._run("munged", "munged", "--foreground", *self._munge_options())
         wait_for((self.folder / "munge.socket").exists)
-        self._run("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
-        wait_for(lambda: answers(self._controller_port))
+        self.start_controller()
         for node in NODES:
             self.start_node(node)
         wait_for(lambda: self.command("sinfo", "-h", "-N", "-o", "%T").split().count("idle") >= len(NODES))
+
+    def start_controller(self) -> None:
+        """Start slurmctld, which goes on from what it knew."""
+        self._run("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
+        wait_for(lambda: answers(self._controller_port))
+
+    def stop_controller(self) -> None:
+        """End slurmctld; jobs go on without it."""
+        daemon = self._daemons.pop("slurmctld")
+        daemon.terminate()
+        daemon.wait()
 
     def start_node(self, node: str) -> None:
         """Start the slurmd of a node, and take the node back into service."""

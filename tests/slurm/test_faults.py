@@ -115,6 +115,13 @@ def kill_rank(run: SubmittedRun) -> None:
     os.kill(run.rank(1), signal.SIGKILL)
 
 
+def kill_rank_without_controller(run: SubmittedRun) -> None:
+    run.cluster.stop_controller()
+    kill_rank(run)
+    time.sleep(3.0)
+    run.cluster.start_controller()
+
+
 def hang_rank(run: SubmittedRun) -> None:
     os.kill(run.rank(1), signal.SIGRTMIN)
 
@@ -130,6 +137,7 @@ FAULTS: dict[str, Callable[[SubmittedRun], None]] = {
     "node crashed (not the first)": crash_other_node,
     "node crashed (the first)": crash_first_node,
     "`kill -9` of a rank": kill_rank,
+    "`kill -9` of a rank while slurmctld is away for 3 s": kill_rank_without_controller,
 }
 
 
