@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ KILL_SECONDS = 5.0  # that ranks have to end after one of them has failed; what 
 # srun's words for a task that ended badly, and for a node that it could not reach.
 TASK = re.compile(r"srun: error: (\S+): (tasks? [\d,\-]+): (.+)")
 NODE = re.compile(r"srun: error: .*(?:Node failure on|failed on node|Unable to contact node) ([^\s:]+)")
-# Ends that follow from that of another rank.
+# Ends that follow from that of another rank, and the end of a rank that was asked to save before it could listen.
 CONSEQUENCES = ("Terminated", "Exited with exit code 1")
+ASKED = "User defined signal 2"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class SlurmRanks:
         """Start the ranks with srun, and wait until all have ended."""
         # This process runs on the first node, where rank 0 will: a port that is free here is free there.
         meeting = {"MASTER_ADDR": slurm.node_address(self.nodes[0]), "MASTER_PORT": str(free_port())}
-        command = slurm.srun_command(self._cluster, self._job, attempt)
+        command = srun_command(self._cluster, self._job, attempt)
         said: list[str] = []
         with subprocess.Popen(command, env=os.environ | meeting, stderr=subprocess.PIPE, text=True) as step:
             assert step.stderr is not None
@@ -113,7 +115,7 @@ class LocalRanks:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with (self._job.logs(attempt) / f"rank-{rank}.log").open("wb") as log:
             return subprocess.Popen(
-                slurm.rank_command(self._cluster, self._job),
+                rank_command(self._cluster, self._job),
                 env=os.environ | self._cluster.environment | place | meeting,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -138,6 +140,39 @@ class LocalRanks:
             process.wait()
 
 
+def srun_command(cluster: ClusterConfig, job: JobFolder, attempt: int) -> list[str]:
+    """What starts the ranks inside a job; a rank that fails ends them all."""
+    options = [
+        "--kill-on-bad-exit=1",
+        "--unbuffered",
+        f"--nodes={cluster.nodes}",
+        f"--ntasks={cluster.ranks}",
+        f"--ntasks-per-node={cluster.ranks_of_node}",
+        f"--output={job.logs(attempt)}/rank-%t.log",
+    ]
+    if cluster.cpus_per_rank:  # srun does not take it over from sbatch
+        options.append(f"--cpus-per-task={cluster.cpus_per_rank}")
+    if cluster.gpus_per_node:
+        options.append(f"--gpus-per-node={cluster.gpus_per_node}")
+    if cluster.container and cluster.container.runtime == "pyxis":
+        options.append(f"--container-image={cluster.container.image}")
+        if cluster.container.mounts:
+            options.append(f"--container-mounts={','.join(cluster.container.mounts)}")
+    options += [f"--{key}" if value is True else f"--{key}={value}" for key, value in cluster.srun.items()]
+    return ["srun", *options, *rank_command(cluster, job)]
+
+
+def rank_command(cluster: ClusterConfig, job: JobFolder) -> list[str]:
+    """What each rank runs."""
+    container = cluster.container
+    prefix: list[str] = []
+    if container and container.runtime == "apptainer":
+        mounts = [option for mount in container.mounts for option in ("--bind", mount)]
+        prefix = ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else []), *mounts, container.image]
+    python = container.python if container else str(cluster.python or sys.executable)
+    return [*prefix, python, "-u", "-m", "launch.rank", str(job.root)]
+
+
 def read_srun(code: int, said: list[str]) -> Result:
     """What srun's words on stderr mean."""
     tasks = [match.groups() for match in map(TASK.match, said) if match]
@@ -145,6 +180,8 @@ def read_srun(code: int, said: list[str]) -> Result:
     lost = frozenset(match[1] for match in map(NODE.match, said) if match)
     reason = "; ".join(f"{what.replace('task', 'rank')} on {node}: {how.strip()}" for node, what, how in first)
     refused = any(how.strip() == f"Exited with exit code {EXIT_REFUSED}" for _, _, how in tasks)
+    if tasks and all(how.strip() == ASKED for _, _, how in tasks):
+        return Result(0)
     return Result(
         EXIT_REFUSED if refused else code,
         reason or (said[-1].strip() if said and code else ""),

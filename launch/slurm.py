@@ -6,7 +6,6 @@ import contextlib
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import ClusterConfig
-from launch.job import JobFolder
 from loglinear.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,39 +146,6 @@ def node_address(node: str) -> str:
     """Where a node is reached."""
     match = re.search(r"\bNodeAddr=(\S+)", _ask(["scontrol", "show", "--oneliner", "node", node]))
     return match[1] if match else node
-
-
-def srun_command(cluster: ClusterConfig, job: JobFolder, attempt: int) -> list[str]:
-    """What starts the ranks inside a job; a rank that fails ends them all."""
-    options = [
-        "--kill-on-bad-exit=1",
-        "--unbuffered",
-        f"--nodes={cluster.nodes}",
-        f"--ntasks={cluster.ranks}",
-        f"--ntasks-per-node={cluster.ranks_of_node}",
-        f"--output={job.logs(attempt)}/rank-%t.log",
-    ]
-    if cluster.cpus_per_rank:  # srun does not take it over from sbatch
-        options.append(f"--cpus-per-task={cluster.cpus_per_rank}")
-    if cluster.gpus_per_node:
-        options.append(f"--gpus-per-node={cluster.gpus_per_node}")
-    if cluster.container and cluster.container.runtime == "pyxis":
-        options.append(f"--container-image={cluster.container.image}")
-        if cluster.container.mounts:
-            options.append(f"--container-mounts={','.join(cluster.container.mounts)}")
-    options += [f"--{key}" if value is True else f"--{key}={value}" for key, value in cluster.srun.items()]
-    return ["srun", *options, *rank_command(cluster, job)]
-
-
-def rank_command(cluster: ClusterConfig, job: JobFolder) -> list[str]:
-    """What each rank runs."""
-    container = cluster.container
-    prefix: list[str] = []
-    if container and container.runtime == "apptainer":
-        mounts = [option for mount in container.mounts for option in ("--bind", mount)]
-        prefix = ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else []), *mounts, container.image]
-    python = container.python if container else str(cluster.python or sys.executable)
-    return [*prefix, python, "-u", "-m", "launch.rank", str(job.root)]
 
 
 def _exports(cluster: ClusterConfig) -> list[str]:

@@ -103,7 +103,7 @@ class _Supervisor:
         elif result.code == 0:
             outcome, reason = "saved", "asked to stop by a signal"
         else:
-            outcome, bad = "failed", self._bad_nodes(result)
+            outcome, bad = "failed", self._bad_nodes(result, step)
         return End(
             attempt=start.attempt,
             time=time.time(),
@@ -118,10 +118,10 @@ class _Supervisor:
         """Cancelled, requeued or lost a node: then SLURM does what follows. At its time limit, nobody would."""
         return self.job_id is not None and slurm.state_of(self.job_id) not in ("RUNNING", "TIMEOUT", "PREEMPTED")
 
-    def _bad_nodes(self, result: Result) -> frozenset[str]:
-        """Unreachable, found bad by the preflight, or the first to fail twice in a row."""
+    def _bad_nodes(self, result: Result, step: int) -> frozenset[str]:
+        """Unreachable, found bad by the preflight, or the first to fail twice without a checkpoint in between."""
         ends = [event for event in self.job.attempts() if isinstance(event, End)]
-        before = ends[-1].suspects if ends and ends[-1].outcome == "failed" else ()
+        before = ends[-1].suspects if ends and (ends[-1].outcome, ends[-1].step) == ("failed", step) else ()
         again = result.suspects & set(before)
         is_one_of_many = len(again) < len(self.ranks.nodes)  # else it is the run that is bad
         return result.lost | self.job.take_bad_nodes() | (again if is_one_of_many else set())

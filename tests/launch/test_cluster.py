@@ -10,7 +10,7 @@ import yaml
 
 from launch.cluster import ClusterConfig, load_cluster, split_overrides
 from launch.job import JobFolder
-from launch.slurm import rank_command, srun_command
+from launch.ranks import rank_command, srun_command
 from launch.sweep import configurations, load_sweep
 from loglinear.errors import UserError
 

@@ -41,6 +41,12 @@ def test_a_node_that_srun_cannot_reach_is_lost(words: str) -> None:
     assert read_srun(1, [words]).lost == {"n3"}
 
 
+def test_ranks_that_were_asked_to_save_before_they_could_listen_have_not_failed() -> None:
+    said = ["srun: error: n1: task 0: User defined signal 2\n", "srun: error: n2: task 1: User defined signal 2\n"]
+    assert read_srun(140, said).code == 0
+    assert read_srun(140, [said[0], "srun: error: n2: task 1: Killed\n"]).code == 140
+
+
 def test_an_end_without_words_is_told_by_the_last_line() -> None:
     assert read_srun(1, ["srun: error: Unable to create step\n"]).reason == "srun: error: Unable to create step"
     assert read_srun(0, ["srun: hello\n"]).reason == ""

@@ -97,6 +97,7 @@ def reach_time_limit(run: SubmittedRun) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             time.sleep(seconds)
+    run.cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
 
 
 def set_node_down(run: SubmittedRun) -> None:
@@ -142,14 +143,12 @@ FAULTS: dict[str, Callable[[SubmittedRun], None]] = {
 
 
 @pytest.fixture(autouse=True)
-def repair(cluster: Cluster, run: SubmittedRun) -> Iterator[None]:
-    """After a test every node is well, and the job may run for long."""
+def repair(cluster: Cluster) -> Iterator[None]:
+    """After a test every node is well."""
     yield
     for node in NODES:
         if not cluster.lives(node) or cluster.node_state(node).startswith(("down", "drain")):
             cluster.revive_node(node)
-    if run.state() in ("PENDING", "RUNNING"):
-        cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -157,7 +156,8 @@ def test_the_run_goes_on_from_its_last_checkpoint_after(fault: str, run: Submitt
     strike = FAULTS[fault]
     wait_for(lambda: run.starts() and run.is_training(run.starts()[-1].attempt), PATIENCE)
     attempt = run.starts()[-1].attempt
-    run.wait_until_step(max(run.step() + 3, SAVED_EVERY + 1))
+    wait_for(lambda: run.last_saved() > run.starts()[-1].step, PATIENCE)
+    run.wait_until_step(run.last_saved() + 1)
     saved = run.last_saved()
     strike(run)
     made, began = run.step(), time.monotonic()
