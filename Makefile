@@ -4,25 +4,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: help quickstart test test-gpu lint
+.PHONY: help install quickstart test test-gpu test-slurm lint
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
+install: $(VENV)/run.stamp  ## Make .venv and install into it; the others do so too.
+
 quickstart: $(VENV)/run.stamp  ## Train a small model on the Python standard library's source, on a CPU.
 	$(BIN)/loglinear train configs/quickstart.yaml
 
-test: $(VENV)/test.stamp  ## Run all tests; those that need a GPU or SLURM are skipped without one, and say so.
-	$(BIN)/python -m pytest
+test: $(VENV)/test.stamp  ## Run all tests but SLURM's; those that need a GPU are skipped without one, and say so.
+	$(BIN)/python -m pytest -m "not slurm"
 
 test-gpu: $(VENV)/test.stamp  ## Run the tests that need a CUDA GPU.
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/dev.stamp  ## Check style (ruff), formatting (ruff) and types (pyright).
+test-slurm: $(VENV)/test.stamp  ## Run the tests on a SLURM of four nodes here; root on Debian or Ubuntu, else skipped.
+	@tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+lint: $(VENV)/dev.stamp  ## Check style and formatting (ruff), types (pyright), Dockerfiles (hadolint).
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/hadolint docker/Dockerfile*
 
 # A stamp says that an installation succeeded, and is older than pyproject.toml once that changes.
 $(VENV)/run.stamp: EXTRA :=

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
 import torch
 
+SLURM = all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch")))
+
 NEEDS = {
     "gpu": (torch.cuda.is_available(), "needs a CUDA GPU, and there is none here"),
-    "slurm": (shutil.which("slurmctld") is not None, "needs SLURM, and slurmctld is not installed here"),
+    "slurm": (SLURM and os.geteuid() == 0, "needs SLURM's daemons, and root to start them: see make test-slurm"),
 }
 
 

@@ -42,7 +42,7 @@ def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=end_with_parent(),
         )
 
 
@@ -76,7 +76,7 @@ def _wait(done: Callable[[], bool], data: DataConfig, process: subprocess.Popen[
         time.sleep(POLL_SECONDS)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def end_with_parent() -> Callable[[], None] | None:
     """What a child runs before its program so that the kernel ends it when its parent is gone."""
     if sys.platform != "linux":
         return None

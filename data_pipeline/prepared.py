@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from data_pipeline.files import PREPARE_COMMAND
-from data_pipeline.manifest import Index, parts, read_index, read_preparation, tokenizer_path
+from data_pipeline.manifest import (
+    INDEX_FILE,
+    PREPARATION_FILE,
+    Index,
+    parts,
+    read_index,
+    read_preparation,
+    shard_path,
+    tokenizer_path,
+)
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
@@ -29,6 +40,20 @@ def is_complete(data: DataConfig, vocab_size: int) -> bool:
         UserError: as for `complete_index`.
     """
     return all(complete_index(part, vocab_size) is not None for part in parts(data).values())
+
+
+def fingerprint(data: DataConfig, complete: bool) -> str:
+    """A hash of the records of `data`, of its indices or, while it is not `complete`, of its first shards.
+
+    Processes that see the same folder get the same; one that does not see it gets "missing".
+    """
+    digest = hashlib.sha256()
+    for part in parts(data).values():
+        for path in (part.dir / PREPARATION_FILE, part.dir / INDEX_FILE if complete else shard_path(part.dir, 0)):
+            if not path.exists():
+                return "missing"
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def open_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from launch.commands import app as launch_app
 from loglinear.errors import UserError
 from loglinear.experiments.commands import experiment
 
@@ -39,6 +40,7 @@ bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=T
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(experiment)
+app.add_typer(launch_app)
 
 
 @app.command()

@@ -166,7 +166,10 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    """Batches count sequences: `global_batch` over all ranks, `micro_batch` in one pass of one rank."""
+    """Batches count sequences: `global_batch` over all ranks, `micro_batch` in one pass of one rank.
+
+    A rank that finishes no step, evaluated batch or save for `hang_seconds` reports where it is, and ends.
+    """
 
     steps: PositiveInt = 1000
     global_batch: PositiveInt = 8
@@ -175,6 +178,7 @@ class TrainConfig(Section):
     zero_stage: Literal[1, 2, 3] = 1
     activation_checkpointing: bool = False
     peak_tflops: float | None = Field(default=None, gt=0)
+    hang_seconds: float = Field(default=900.0, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

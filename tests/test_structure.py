@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.cluster import load_cluster
+from launch.sweep import configurations, load_sweep
 from loglinear.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("loglinear", "data_pipeline", "launch")
 # Each may import those before it.
 CONFIG = ["config_section", "config_text", "config_data", "config"]
-FLOW = ["errors", *CONFIG, "ops", "model", "parallel", "checkpoint", "train", "hf", "experiments", "launch"]
+FLOW = ["errors", "checkpoint_folders", *CONFIG, "ops", "model", "parallel", "checkpoint", "train"]
+FLOW += ["hf", "experiments", "launch"]
 FRONT_DOOR = {"loglinear.cli", "loglinear.__main__"}
 VERSION = {"loglinear", "loglinear.__version__"}  # all that the package itself holds
 LONGEST_FILE = 400
@@ -280,7 +283,9 @@ def test_documents_name_only_what_exists(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
-    files = set(re.findall(r"\b(?:configs|docs|tests|loglinear|data_pipeline)/[\w/.]*\.(?:yaml|md|py|png)", text))
+    files = set(
+        re.findall(r"\b(?:configs|docker|docs|launch|tests|loglinear|data_pipeline)/[\w/.]*\.(?:yaml|md|py|png)", text)
+    )
     assert files
     assert not {file for file in files if not (ROOT / file).exists()}
 
@@ -291,8 +296,15 @@ def test_the_readme_names_the_two_commands() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_loads_and_is_explained(path: Path) -> None:
-    assert load_config(path).run.name == path.stem
+def test_every_configuration_loads_and_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    if path.parent.name == "cluster":
+        assert load_cluster(str(path)).kind == "slurm"
+    elif path.parent.name == "sweep":
+        assert load_sweep(path).name == path.stem
+        assert configurations(load_sweep(path))
+    else:
+        assert load_config(path).run.name == path.stem
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 

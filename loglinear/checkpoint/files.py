@@ -18,30 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from loglinear.checkpoint_folders import COMPLETE, TEMPORARY
+from loglinear.checkpoint_folders import complete_checkpoints as complete_checkpoints
+from loglinear.checkpoint_folders import folder_name as folder_name
+from loglinear.checkpoint_folders import step_of as step_of
 from loglinear.errors import UserError
 
-INDEX, STATE, COMPLETE = "index.json", "state.json", "COMPLETE"
-TEMPORARY = ".tmp"
-
-
-def folder_name(step: int) -> str:
-    """The folder of the checkpoint after `step` steps; names sort as steps do."""
-    return f"step-{step:08d}"
+INDEX, STATE = "index.json", "state.json"
 
 
 def shard_name(rank: int) -> str:
     """The file of one rank."""
     return f"rank-{rank:05d}.safetensors"
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Folders of the complete checkpoints below `root`, oldest first."""
-    return sorted(marker.parent for marker in root.glob(f"step-*/{COMPLETE}") if marker.parent.suffix != TEMPORARY)
-
-
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder."""
-    return int(folder.name.removeprefix("step-"))
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> str:

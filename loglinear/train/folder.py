@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,23 @@ from loglinear.errors import UserError
 
 # Sections that fix what the weights mean; all others may change between two parts of a run.
 FIXED = ("model",)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, in `progress.json`: for those who look on.
+
+    Attributes:
+        step: steps made.
+        loss: of the last, in nats per token.
+        tokens_per_second: over all ranks.
+        seconds_left: to the last step, at this speed.
+    """
+
+    step: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,19 @@ class RunFolder:
             raise UserError(f"{self.root} is no run folder (no config.yaml in it): name the run.dir of a training run")
         return load_config(self.config)
 
+    def write_progress(self, progress: Progress) -> None:
+        """Replace what the last call wrote."""
+        temporary = self.root / "progress.json.tmp"
+        temporary.write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+        temporary.replace(self.root / "progress.json")
+
+    def read_progress(self) -> Progress | None:
+        """What was written last; None if the run has not got that far."""
+        try:
+            return Progress(**json.loads((self.root / "progress.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
     def keep_tokenizer(self, source: Path) -> None:
         """Copy the tokenizer into the folder."""
         shutil.copyfile(source, self.tokenizer)
@@ -114,6 +144,12 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl` that may be written to at this moment; none if it is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def truncate_metrics(path: Path, step: int) -> None:

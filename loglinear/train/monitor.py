@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from loglinear.config import Config
 from loglinear.train.engine import StepResult
-from loglinear.train.folder import RunFolder, truncate_metrics
+from loglinear.train.folder import Progress, RunFolder, truncate_metrics
 from loglinear.train.layout import layout
 from loglinear.train.level_scales import LevelScaleStatistics
 
@@ -32,7 +32,7 @@ class Monitor:
             peak: FLOP/s of all ranks together.
         """
         truncate_metrics(folder.metrics, start)
-        self._every = config.monitor.every
+        self._every, self._steps, self._folder = config.monitor.every, config.train.steps, folder
         self._metrics = folder.metrics.open("a", encoding="utf-8", buffering=1)
         self._writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
         if start == 0:
@@ -61,6 +61,8 @@ class Monitor:
         self.tokens_per_second = self._tokens / (now - self._since)
         if step % self._every:
             return
+        left = (self._steps - step) * result.tokens / self.tokens_per_second
+        self._folder.write_progress(Progress(step, result.loss, self.tokens_per_second, left))
         self._since, self._tokens = now, 0
         self._scalars(
             step,

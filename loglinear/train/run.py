@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.held_out import held_out_batches
 from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import tokenizer_path
-from data_pipeline.prepared import complete_index, open_tokenizer
+from data_pipeline.prepared import complete_index, fingerprint, is_complete, open_tokenizer
 from data_pipeline.state import DataState
 from loglinear import __version__
 from loglinear.checkpoint import CheckpointStore, Snapshot, load_exported, load_weights
@@ -37,27 +37,38 @@ from loglinear.train.events import EventLog
 from loglinear.train.folder import RunFolder, check_unchanged, git_revision
 from loglinear.train.level_scales import LevelScaleStatistics
 from loglinear.train.monitor import Monitor
+from loglinear.train.preflight import preflight, require_agreement
 from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import StopRequest
 from loglinear.train.stability import Guard, Rollbacks
 from loglinear.train.timing import StepTimer
+from loglinear.train.watchdog import Watchdog
 
 RECORDED_VERSIONS = ("torch", "deepspeed")
 
 
-def train(config: Config) -> None:
+def train(config: Config, stop: StopRequest | None = None) -> None:
     """Train until `config.train.steps`, or until asked to stop; called again, it goes on.
+
+    Args:
+        config: the run.
+        stop: listens already, if the caller could be asked to stop before this.
 
     Raises:
         UserError: the configuration does not fit the ranks, the data or the run folder; or going back to a checkpoint
             does not make the loss finite.
+        FailedNodes: a node computes wrongly.
     """
-    stop = StopRequest()
-    stop.listen()
-    world = start_world()
-    mesh = make_mesh(world, config.parallel)
-    _Run(config.with_absolute_paths(), mesh, stop).go()
-    world.close()
+    if stop is None:
+        stop = StopRequest()
+        stop.listen()
+    config = config.with_absolute_paths()
+    with Watchdog(config.train.hang_seconds) as watchdog:
+        watchdog.beat("meeting the other ranks")
+        world = start_world()
+        mesh = make_mesh(world, config.parallel)
+        _Run(config, mesh, stop, watchdog).go()
+        world.close()
 
 
 @dataclass(frozen=True)
@@ -71,12 +82,13 @@ class _Data:
 class _Run:
     """Everything that lives as long as a run does."""
 
-    def __init__(self, config: Config, mesh: Mesh, stop: StopRequest) -> None:
-        self.config, self.mesh, self.stop = config, mesh, stop
+    def __init__(self, config: Config, mesh: Mesh, stop: StopRequest, watchdog: Watchdog) -> None:
+        self.config, self.mesh, self.stop, self.watchdog = config, mesh, stop, watchdog
         world = self.world = mesh.world
         self.first = world.rank == 0
         self.micro_batches = world.together(lambda: config.train.micro_batches(mesh.data.size))[0]
         peak = world.together(lambda: peak_flops(world.device, config.train.peak_tflops))[0]
+        checked = preflight(config, world) if world.size > 1 else None
         self.folder = RunFolder(config.run.folder)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint, mesh)
         snapshot = self.store.latest()
@@ -86,10 +98,13 @@ class _Run:
 
         start = 0 if snapshot is None else snapshot.step
         self.console = TrainConsole(start, config.train.steps, config.monitor.every, self.first)
+        if checked is not None:
+            self.console.say(checked)
         self.peak = peak * world.size
         self.timer = StepTimer(world.device)
         self.rollbacks = Rollbacks()
         self.events = EventLog(self.folder.events) if self.first else None
+        watchdog.rest()
         world.together(self._wait_for_data)
         self._begin(snapshot)
 
@@ -155,6 +170,9 @@ class _Run:
 
     def _open_data(self, snapshot: Snapshot | None, samples: int | None) -> _Data:
         config, model = self.config, self.config.model
+        self.watchdog.beat("loading model and data")
+        is_whole = self.world.from_first(is_complete(config.data, model.vocab_size) if self.first else None)
+        require_agreement(self.world, {f"data index of {config.data.dir}": fingerprint(config.data, is_whole)})
         saved = None if snapshot is None else DataState.from_dict(snapshot.state["data"])
         start_sample = samples if samples is not None else 0 if saved is None else saved.samples
         loader = TrainLoader(
@@ -213,6 +231,7 @@ class _Run:
 
     def _step(self, step: int) -> StepResult:
         config = self.config
+        self.watchdog.beat(f"training step {step}")
         self.timer.precise = step % config.monitor.every == 0
         if self.statistics is not None:
             self.statistics.recording = step % config.monitor.levels_every == 0
@@ -247,7 +266,7 @@ class _Run:
             rank=self.mesh.data.index,
             world_size=self.mesh.data.size,
         )
-        loss = held_out_loss(self.engine.loss_sum, batches, self.mesh)
+        loss = held_out_loss(self.engine.loss_sum, self._watched(batches, "evaluating"), self.mesh)
         text = self._sample()
         if self.monitor is not None:
             self.monitor.held_out(step, loss)
@@ -281,9 +300,15 @@ class _Run:
     def _aside(self, action: Callable[[int], None], step: int) -> None:
         """Do something that is no training, and leave its time out of the throughput."""
         start = time.perf_counter()
+        self.watchdog.beat(f"evaluating or saving after step {step}")
         action(step)
         if self.monitor is not None:
             self.monitor.pause(time.perf_counter() - start)
+
+    def _watched(self, batches: Iterable[Batch], doing: str) -> Iterator[Batch]:
+        for batch in batches:
+            self.watchdog.beat(doing)
+            yield batch
 
     def _beside(self, step: int) -> str:
         """What a model that knows only the frequencies of tokens would reach; shown with the last held-out loss."""

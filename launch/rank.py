@@ -1,0 +1,49 @@
+"""`python -m launch.rank JOB_FOLDER`: one rank of a submitted run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.job import JobFolder
+from launch.ranks import EXIT_REFUSED
+from loglinear.errors import UserError
+from loglinear.train.signals import StopRequest
+
+
+def place_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK and WORLD_SIZE: those that are given, or else what srun calls them."""
+    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+    return {name: environment.get(name) or environment[slurm] for name, slurm in names.items()}
+
+
+def main(folder: Path) -> None:
+    """Train; a user's mistake is one sentence and exit code 2, a bad node is recorded and ends with 3."""
+    stop = StopRequest()
+    stop.listen()  # before anything that takes time: a signal must find us listening
+    os.environ |= place_of(os.environ)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    job = JobFolder(folder)
+    from loglinear.train.preflight import EXIT_BAD_NODE, FailedNodes
+    from loglinear.train.run import train
+
+    try:
+        train(job.config(), stop)
+    except UserError as error:
+        end(f"loglinear: {error}", EXIT_REFUSED)
+    except FailedNodes as failure:
+        if os.environ["RANK"] == "0":
+            job.add_bad_nodes(failure.nodes)
+        end(f"loglinear: {failure}", EXIT_BAD_NODE)
+
+
+def end(words: str, code: int) -> None:
+    """Say why, and end at once: leaving the group in good order could wait for ranks that do not answer any more."""
+    print(words, flush=True)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
