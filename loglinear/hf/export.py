@@ -48,6 +48,7 @@ def export_hf(root: Path, out: Path) -> None:
         weights = {PREFIX + name: weight for name, weight in whole_weights(snapshot.folder).items()}
         save_file(weights, temporary / EXPORTED, metadata={"format": "pt"})
         _write_texts(temporary, config, tokenizer, bos_id)
+        shutil.copymode(temporary / "config.json", temporary / EXPORTED)  # safetensors lets its owner alone read
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror or error}): choose another folder") from None

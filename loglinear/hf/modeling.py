@@ -87,14 +87,6 @@ class LogLinearCache:
         """Make row b what row `beam_idx[b]` was; `beam_idx` is int64 [B]. Beam search asks for it."""
         self.state = _rows(self.state, beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, int64 [rows]."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
-        self.reorder_cache(torch.arange(len(self.state.positions)).repeat_interleave(repeats))
-
 
 def _rows(part: Any, rows: torch.Tensor) -> Any:
     """The given rows of every tensor in a state."""

@@ -29,6 +29,7 @@ def test_a_run_starts_from_what_another_exported(prepared: DataConfig, tmp_path:
     assert exit_codes(start_ranks(1, train, first)) == [0]
     done = loglinear("export", tmp_path / "first", tmp_path / "hf", "--format", "hf")
     assert done.returncode == 0, done.stderr
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1, "all may read what one may"
     assert losses(tmp_path / "first")[7] < losses(tmp_path / "first")[0] - 0.1
 
     again = small_config(
