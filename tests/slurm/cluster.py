@@ -9,10 +9,9 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from tests.processes import wait_for
 
 NODES = ("n1", "n2", "n3", "n4")
 GPUS_PER_NODE = 4
@@ -58,6 +57,18 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=600 State=U
 """
 
 
+PATIENCE = 180.0  # seconds that anything may take on a busy machine
+POLL_SECONDS = 0.1  # between looks, each of which may start a process
+
+
+def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Return as soon as `condition` holds; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(POLL_SECONDS)
+
+
 class Cluster:
     """slurmctld, munged and one slurmd for each of `NODES`, all of them children of this process.
 
@@ -74,16 +85,16 @@ class Cluster:
         """Write the configuration and start every daemon."""
         self._write()
         self._run("munged", "munged", "--foreground", *self._munge_options())
-        wait_for((self.folder / "munge.socket").exists)
+        wait_until((self.folder / "munge.socket").exists)
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.command("sinfo", "-h", "-N", "-o", "%T").split().count("idle") >= len(NODES))
+        wait_until(lambda: self.command("sinfo", "-h", "-N", "-o", "%T").split().count("idle") >= len(NODES))
 
     def start_controller(self) -> None:
         """Start slurmctld, which goes on from what it knew."""
         self._run("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
-        wait_for(lambda: answers(self._controller_port))
+        wait_until(lambda: answers(self._controller_port))
 
     def stop_controller(self) -> None:
         """End slurmctld; jobs go on without it."""
@@ -107,7 +118,7 @@ class Cluster:
         if node not in self._daemons:
             self.start_node(node)
         self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        wait_for(lambda: self.node_state(node) in ("idle", "mixed", "allocated"))
+        wait_until(lambda: self.node_state(node) in ("idle", "mixed", "allocated"))
 
     def lives(self, node: str) -> bool:
         """Whether the node's slurmd was not killed."""
@@ -132,7 +143,7 @@ class Cluster:
         """End every job and every daemon; fails if a process is left."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             self.command("scancel", "--user=root")
-            wait_for(lambda: not self.command("squeue", "-h", "-t", "R,CG").strip(), 15)
+            wait_until(lambda: not self.command("squeue", "-h", "-t", "R,CG").strip(), 15)
         for daemon in self._daemons.values():
             daemon.terminate()
         for daemon in self._daemons.values():
@@ -142,7 +153,7 @@ class Cluster:
             daemon.wait()
         for pid in self.processes():
             _kill(pid)
-        wait_for(lambda: not self.processes(), 10)
+        wait_until(lambda: not self.processes(), 10)
 
     def _write(self) -> None:
         self._controller_port, *ports = _free_ports(1 + len(NODES))

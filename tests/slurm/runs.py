@@ -15,12 +15,10 @@ import yaml
 from launch.job import End, JobFolder, Start
 from loglinear.config import Config, DataConfig
 from loglinear.train.folder import read_records
-from tests.processes import wait_for
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATIENCE, Cluster, wait_until
 from tests.train.small import small_config
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 180.0  # seconds that anything may take on a busy machine
 STEPS = 40
 
 
@@ -81,11 +79,11 @@ class SubmittedRun:
 
     def wait_until_step(self, step: int) -> None:
         """Return once `step` was recorded."""
-        wait_for(lambda: self.step() >= step, PATIENCE)
+        wait_until(lambda: self.step() >= step)
 
     def wait_until_finished(self) -> None:
         """Return once the job has ended well."""
-        wait_for(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), PATIENCE)
+        wait_until(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
         assert self.state() == "COMPLETED", self.said()
 
     def said(self) -> str:

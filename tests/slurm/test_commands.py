@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from launch.job import FOLDER
-from tests.processes import wait_for
-from tests.slurm.cluster import Cluster
-from tests.slurm.runs import PATIENCE, Launcher, loglinear
+from tests.slurm.cluster import PATIENCE, Cluster, wait_until
+from tests.slurm.runs import Launcher, loglinear
 from tests.train.small import losses, records
 
 pytestmark = pytest.mark.slurm
@@ -32,7 +31,7 @@ def test_a_cancelled_run_has_saved_leaves_no_process_and_goes_on(launcher: Launc
     assert f"saved after step {run.last_saved()}" in done.stdout
     assert run.ends()[-1].outcome == "cancelled"
     assert run.last_saved() == run.step() >= 6
-    wait_for(lambda: not cluster.processes(f"SLURM_JOB_ID={run.id}"), PATIENCE)
+    wait_until(lambda: not cluster.processes(f"SLURM_JOB_ID={run.id}"))
 
     saved = run.last_saved()
     shorter = launcher.config("cancelled", train={"steps": saved + 3}, eval={"every": 2000})
@@ -73,7 +72,7 @@ def test_a_sweep_of_six_is_an_array_of_which_two_run_at_once(launcher: Launcher,
         most = max(most, cluster.command("squeue", "-h", "-t", "R", "-n", "six", "-o", "%i").count("\n"))
         return all(run.state() == "COMPLETED" for run in runs)
 
-    wait_for(all_done, 2 * PATIENCE)
+    wait_until(all_done, 2 * PATIENCE)
     assert most == 2
     after.wait_until_finished()
     assert after.starts()[0].time >= max(run.ends()[-1].time for run in runs)
@@ -89,10 +88,10 @@ def test_a_run_whose_predecessor_fails_is_not_started(launcher: Launcher) -> Non
     first = launcher.submit("failing", launcher.config("failing"), **failing, sbatch={"hold": True})
     after = launcher.submit("orphan", launcher.config("orphan"), after=[first])
     launcher.cluster.command("scontrol", "release", first.id)
-    wait_for(lambda: first.state() == "FAILED", PATIENCE)
+    wait_until(lambda: first.state() == "FAILED")
     assert first.ends()[-1].outcome == "gave up"
     assert "1 attempts in a row failed without a new checkpoint after step 0" in first.ends()[-1].reason
-    wait_for(lambda: after.state() == "CANCELLED", PATIENCE)
+    wait_until(lambda: after.state() == "CANCELLED")
     assert after.starts() == []
     run_file, cluster_file = launcher.write("late", launcher.config("late"))
     late = loglinear("submit", run_file, "--cluster", cluster_file, "--depends-on", first.folder)

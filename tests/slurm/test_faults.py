@@ -18,9 +18,9 @@ import torch
 from loglinear.checkpoint import read_latest
 from loglinear.config import Config
 from loglinear.train.run import train
-from tests.processes import exit_codes, start_ranks, wait_for
-from tests.slurm.cluster import NODES, Cluster
-from tests.slurm.runs import PATIENCE, ROOT, Launcher, SubmittedRun
+from tests.processes import exit_codes, start_ranks
+from tests.slurm.cluster import NODES, Cluster, wait_until
+from tests.slurm.runs import ROOT, Launcher, SubmittedRun
 from tests.train.small import losses, records, saved_tensors
 
 pytestmark = pytest.mark.slurm
@@ -154,17 +154,17 @@ def repair(cluster: Cluster) -> Iterator[None]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_run_goes_on_from_its_last_checkpoint_after(fault: str, run: SubmittedRun, report: dict[str, str]) -> None:
     strike = FAULTS[fault]
-    wait_for(lambda: run.starts() and run.is_training(run.starts()[-1].attempt), PATIENCE)
+    wait_until(lambda: run.starts() and run.is_training(run.starts()[-1].attempt))
     attempt = run.starts()[-1].attempt
-    wait_for(lambda: run.last_saved() > run.starts()[-1].step, PATIENCE)
+    wait_until(lambda: run.last_saved() > run.starts()[-1].step)
     run.wait_until_step(run.last_saved() + 1)
     saved = run.last_saved()
     strike(run)
     made, began = run.step(), time.monotonic()
-    wait_for(lambda: run.starts()[-1].attempt > attempt, PATIENCE)
+    wait_until(lambda: run.starts()[-1].attempt > attempt)
     resumed = run.starts()[-1]
     repeated = max(0, run.step() - resumed.step)
-    wait_for(lambda: run.is_training(resumed.attempt), PATIENCE)
+    wait_until(lambda: run.is_training(resumed.attempt))
     report[fault] = f"{time.monotonic() - began:.1f} | {repeated}"
     assert resumed.attempt == attempt + 1
     assert resumed.step >= saved > 0
@@ -197,15 +197,15 @@ def test_ten_faults_at_random_moments_leave_no_gap_and_no_doubled_step(launcher:
     strikes = [kill_rank] * 5 + [send_usr2, send_usr2, requeue, requeue, preempt]
     rng.shuffle(strikes)
     for strike in strikes:
+        wait_until(lambda: run.starts() and 1 in run.ranks())
         attempts = len(run.starts())
-        wait_for(lambda attempts=attempts: run.starts() and 1 in run.ranks(), PATIENCE)
         if rng.random() < 0.5:  # while they start, or after some steps
             time.sleep(rng.uniform(0.0, 3.0))
         else:
             until = run.starts()[-1].step + rng.randint(1, 12)
-            wait_for(lambda until=until: run.is_training(run.starts()[-1].attempt) and run.step() >= until, PATIENCE)
+            wait_until(lambda until=until: run.is_training(run.starts()[-1].attempt) and run.step() >= until)
         strike(run)
-        wait_for(lambda attempts=attempts: len(run.starts()) > attempts, PATIENCE)
+        wait_until(lambda attempts=attempts: len(run.starts()) > attempts)
     run.wait_until_finished()
     assert len(run.starts()) > RANDOM_FAULTS
     assert_same(run, reference)
@@ -213,7 +213,7 @@ def test_ten_faults_at_random_moments_leave_no_gap_and_no_doubled_step(launcher:
 
 def assert_same(run: SubmittedRun, reference: Path) -> None:
     """Bit for bit; `losses` finds gaps and doubled steps."""
-    wait_for(lambda: read_latest(reference / "checkpoints").step == STEPS, PATIENCE)
+    wait_until(lambda: read_latest(reference / "checkpoints").step == STEPS)
     assert len(losses(run.folder)) == STEPS
     assert records(run.folder) == records(reference)
     expected = saved_tensors(reference)
