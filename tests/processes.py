@@ -17,6 +17,7 @@ from loglinear.errors import UserError
 # Children are forked from a process that has imported everything, so that a start takes a second less.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["loglinear.train.run", "deepspeed"])
+_afresh = multiprocessing.get_context("spawn")  # for GPUs, which a fork cannot use
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -36,17 +37,20 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def start_ranks(count: int, target: Callable[..., Any], *args: Any, log: Path | None = None) -> list[BaseProcess]:
+def start_ranks(
+    count: int, target: Callable[..., Any], *args: Any, log: Path | None = None, on_gpus: bool = False
+) -> list[BaseProcess]:
     """Start `target(*args)` in `count` processes with the environment that torchrun gives its ranks.
 
     A `UserError` ends a rank with exit code 2; what the ranks print goes to `log`.
     """
     port = _free_port()
+    start, environment = (_afresh, {"DS_ACCELERATOR": "cuda"}) if on_gpus else (_context, _ENVIRONMENT)
     ranks: list[BaseProcess] = [
-        _context.Process(target=_rank, args=(rank, count, port, log, target, args)) for rank in range(count)
+        start.Process(target=_rank, args=(rank, count, port, log, target, args)) for rank in range(count)
     ]
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     for process in ranks:
         process.start()
     for name, value in before.items():

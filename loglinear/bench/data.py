@@ -139,7 +139,7 @@ def _loading(data: DataConfig, folder: Path, console: Console) -> Iterator[Speed
     try:
         makers["mosaicml-streaming + DataLoader"] = _streaming(samples, folder / "mds")
     except (ImportError, RuntimeError) as error:  # its torchvision may not fit the build of torch
-        console.print(f"mosaicml-streaming is left out ({error}): pip install 'loglinear[bench]'", highlight=False)
+        console.print(f"mosaicml-streaming is left out ({error}): pip install 'loglinear\\[bench]'", highlight=False)
     for name, make in makers.items():
         for workers in (0, 1):
             console.print(f"timing {name}, {workers} workers", highlight=False)

@@ -7,7 +7,7 @@ from torch import nn
 
 from loglinear.config import ModelConfig
 from loglinear.model.attention import KeyValueCache, SoftmaxMixer
-from loglinear.model.layers import Documents, SwiGLU
+from loglinear.model.layers import Documents, RMSNorm, SwiGLU
 from loglinear.model.mixer import LogLinearMixer, MixerState
 
 MIXERS = {"log_linear": LogLinearMixer, "softmax": SoftmaxMixer}
@@ -18,9 +18,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer = MIXERS[config.mixer_of(layer)](config)
-        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps) if config.mlp_dim else None
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps) if config.mlp_dim else None
         self.mlp = SwiGLU(config.dim, config.mlp_dim) if config.mlp_dim else None
 
     def forward(

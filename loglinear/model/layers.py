@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
+from loglinear.ops.neighbours import causal_conv_silu, rms_norm, silu_product, skip_gate_norm
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,12 @@ class ShortConv(nn.Module):
 
     def forward(self, x_btc: torch.Tensor, documents: Documents, past_bwc: torch.Tensor | None = None) -> torch.Tensor:
         """Shapes [B, T, C] in and out; `past_bwc` [B, width - 1, C] are the inputs before the first token."""
-        time, reach = x_btc.shape[1], self.width - 1
-        padded_btc = F.pad(x_btc, (0, 0, reach, 0)) if past_bwc is None else torch.cat([past_bwc, x_btc], 1)
-        y_btc = self.bias + self.weight[0] * x_btc
-        for back in range(1, self.width):
-            shifted_btc = padded_btc[:, reach - back : reach - back + time]
-            if documents.cu_seqlens is not None:
-                shifted_btc = shifted_btc * (documents.positions_bt >= back)[..., None]
-            y_btc = torch.addcmul(y_btc, self.weight[back], shifted_btc)
-        return F.silu(y_btc)
+        packed = documents.cu_seqlens is not None
+        return causal_conv_silu(x_btc, self.weight, self.bias, documents.positions_bt, past_bwc, packed=packed)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(x * silu(z)) within each head, one weight of [P] for all heads.
+    """RMSNorm((o + skip * v) * silu(z)) within each head, one weight of [P] for all heads.
 
     Within heads rather than across them, so that heads can lie on different ranks.
     Source: Mamba-2, arXiv 2405.21060.
@@ -83,11 +76,27 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, head_dim: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(head_dim, eps)
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = eps
 
-    def forward(self, x_bthp: torch.Tensor, z_bthp: torch.Tensor) -> torch.Tensor:
-        """Shapes [B, T, H, P] in and out."""
-        return self.norm(x_bthp * F.silu(z_bthp))
+    def forward(
+        self, o_bthp: torch.Tensor, v_bthp: torch.Tensor, z_bthp: torch.Tensor, skip_h: torch.Tensor
+    ) -> torch.Tensor:
+        """Shapes [B, T, H, P] in and out, and [H]."""
+        return skip_gate_norm(o_bthp, v_bthp, z_bthp, skip_h, self.weight, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight. Source: arXiv 1910.07467."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
+        """Shapes [B, T, D] in and out."""
+        return rms_norm(x_btd, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -101,7 +110,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
         """Shapes [B, T, D] in and out."""
-        return self.down(F.silu(self.gate(x_btd)) * self.up(x_btd))
+        return self.down(silu_product(self.gate(x_btd), self.up(x_btd)))
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of a token, two per multiply-add."""

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.config import ModelConfig
 from loglinear.model.attention import KeyValueCache
 from loglinear.model.block import Block
-from loglinear.model.layers import Documents
+from loglinear.model.layers import Documents, RMSNorm
 from loglinear.model.mixer import MixerState
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
 from loglinear.ops.lambda_map import LambdaMap
+from loglinear.ops.neighbours import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class CrossEntropy(nn.Module):
     """Summed over the labels that are not -100, in nats."""
 
     def forward(self, logits_btv: torch.Tensor, labels_bt: torch.Tensor) -> torch.Tensor:
-        """A scalar from fp32 logits [B, T, V] and int64 labels, as many."""
-        return F.cross_entropy(logits_btv.flatten(0, 1), labels_bt.flatten(), reduction="sum")
+        """A scalar, fp32 at least, from logits [B, T, V] and int64 labels, as many."""
+        return cross_entropy(logits_btv.flatten(0, 1), labels_bt.flatten())
 
 
 class LanguageModel(nn.Module):
@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -74,9 +74,9 @@ class LanguageModel(nn.Module):
         Returns:
             fp32: the cross-entropy summed over labels (a scalar, in nats) if there are labels, else logits [B, T, V].
         """
-        logits_btv = at_least_fp32(self.head(self.hidden(inputs_bt, documents)))
+        logits_btv = self.head(self.hidden(inputs_bt, documents))
         if labels_bt is None:
-            return self.whole_logits(logits_btv).view(*inputs_bt.shape, -1)
+            return self.whole_logits(at_least_fp32(logits_btv)).view(*inputs_bt.shape, -1)
         return self.loss(logits_btv, labels_bt)
 
     def hidden(self, inputs_bt: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from loglinear.config import ModelConfig
 from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv
 from loglinear.ops import LogLinearState, log_linear_attention, num_levels, recurrent_step
-from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
+from loglinear.ops.neighbours import discretise
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
 STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
@@ -130,15 +129,13 @@ class LogLinearMixer(nn.Module):
         q, k, v = (conv(x, documents, before) for conv, x, before in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp = v.unflatten(2, (-1, self.head_dim))
-        step_bth = F.softplus(at_least_fp32(self.dt_proj(x_btd)) + at_least_fp32(self.dt_bias))
-        g_bth = -at_least_fp32(self.A_log).exp() * step_bth
+        g_bth, weighted_bthp = discretise(self.dt_proj(x_btd), self.dt_bias, self.A_log, v_bthp)
         scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
-        weighted_bthp = v_bthp * step_bth[..., None].to(v_bthp.dtype)
         memory = None if state is None else state.memory
         o_bthp, memory = self.core(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
 
         z_bthp = self.z_proj(x_btd).unflatten(2, (-1, self.head_dim))
-        y_bthp = self.norm(o_bthp + self.D[:, None] * v_bthp, z_bthp)
+        y_bthp = self.norm(o_bthp, v_bthp, z_bthp, self.D)
         y_btd = self.out_proj(y_bthp.flatten(2))
         if state is None or memory is None:
             return y_btd, None

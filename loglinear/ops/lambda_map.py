@@ -17,6 +17,7 @@ from loglinear.errors import UserError
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.fenwick import num_levels
 from loglinear.ops.flops import linear_flops
+from loglinear.ops.neighbours import adaptive_scales
 
 SOFTPLUS_INVERSE_OF_1 = math.log(math.expm1(1.0))
 
@@ -45,26 +46,29 @@ class LambdaMap(nn.Module):
             length: at least the largest position + 1.
 
         Returns:
-            fp32 [B, T, H, L], L at least `num_levels(length)`.
+            fp32 [B, T, H, L], L at least `num_levels(length)`; from `mlp` on a GPU in the dtype of the projection.
 
         Raises:
             UserError: `length` needs more levels than were trained, and the policy is "error".
         """
         logits_bthl = at_least_fp32(self.logits(x_btd))
+        if self.beyond == "clamp":
+            return self.activate(self.beyond_trained(logits_bthl, length), positions_bt)
+        return self.beyond_trained(self.activate(logits_bthl, positions_bt), length)
+
+    def beyond_trained(self, x_bthl: torch.Tensor, length: int) -> torch.Tensor:
+        """Logits or scales [B, T, H, L] with the levels that `length` tokens need; errors as in `forward`."""
         missing = num_levels(length) - self.levels
         if missing <= 0:
-            return self.activate(logits_bthl, positions_bt)
+            return x_bthl
         if self.beyond == "error":
             raise UserError(
                 f"a sequence of {length} tokens needs {num_levels(length)} levels, but {self.levels} were"
                 " trained: give a shorter one, or set model.log_linear.beyond_trained_levels=clamp"
             )
-        if self.beyond == "clamp":
-            return self.activate(_repeat_last(logits_bthl, missing), positions_bt)
-        scales_bthl = self.activate(logits_bthl, positions_bt)
-        if self.beyond == "extend":
-            return _repeat_last(scales_bthl, missing)
-        return F.pad(scales_bthl, (0, missing), value=1.0)
+        if self.beyond == "one":
+            return F.pad(x_bthl, (0, missing), value=1.0)
+        return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], missing)], -1)
 
     def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
         """What the activation is applied to: broadcastable to [B, T, H, L]."""
@@ -77,6 +81,31 @@ class LambdaMap(nn.Module):
     def flops_per_token(self) -> int:
         """Forward FLOPs of the matrix products for a token."""
         return 0
+
+
+class LambdaMLP(nn.Module):
+    """W2 gelu(W1 x + b1) + b2.
+
+    W1 starts as Xavier's, b1 = 0, W2 = 0, b2 such that softplus gives 1: training starts at plain linear attention.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.weight1 = nn.Parameter(torch.empty(hidden, inputs))
+        self.bias1 = nn.Parameter(torch.zeros(hidden))
+        self.weight2 = nn.Parameter(torch.zeros(outputs, hidden))
+        self.bias2 = nn.Parameter(torch.full((outputs,), SOFTPLUS_INVERSE_OF_1))
+        nn.init.xavier_uniform_(self.weight1)
+
+    def forward(self, x: torch.Tensor, *, softplus: bool = False) -> torch.Tensor:
+        """Shapes [..., inputs] in and [..., outputs] out; with `softplus` of it, which is one pass on a GPU."""
+        if softplus:
+            return adaptive_scales(x, self.weight1, self.bias1, self.weight2, self.bias2)
+        return F.linear(F.gelu(F.linear(x, self.weight1, self.bias1)), self.weight2, self.bias2)
+
+    def flops(self) -> int:
+        """Forward FLOPs of one row."""
+        return 2 * (self.weight1.numel() + self.weight2.numel())
 
 
 class NoLambdaMap(LambdaMap):
@@ -136,29 +165,36 @@ class LinearLambdaMap(_Projected):
         return self.bias_hl + self.project(x_btd)
 
 
-class MLPLambdaMap(_Projected):
-    """softplus(W2 gelu(W1 dl + b1) + b2) on each head's L logits, one MLP for all heads; starts at 1."""
+class _ThroughMLP(_Projected):
+    """A map whose logits are one MLP for all heads, on each head's L level logits."""
 
     def __init__(self, dim: int, heads: int, levels: int, beyond: str, hidden: int) -> None:
         super().__init__(dim, heads, levels, beyond)
-        self.mlp = _make_mlp(levels, hidden, levels)
+        self.mlp = LambdaMLP(levels, hidden, levels)
 
     def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
         return self.mlp(self.project(x_btd))
 
     def flops_per_token(self) -> int:
         heads = self.level_proj.out_features // self.levels
-        return super().flops_per_token() + heads * _mlp_flops(self.mlp)
+        return super().flops_per_token() + heads * self.mlp.flops()
 
 
-class SoftmaxLambdaMap(MLPLambdaMap):
+class MLPLambdaMap(_ThroughMLP):
+    """softplus(W2 gelu(W1 dl + b1) + b2) on each head's L logits, the adaptive form; starts at 1."""
+
+    def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
+        return self.beyond_trained(self.mlp(self.project(x_btd), softplus=True), length)
+
+
+class SoftmaxLambdaMap(_ThroughMLP):
     """A softmax over all levels of the same MLP; gives weight to levels that are empty."""
 
     def activate(self, logits_bthl: torch.Tensor, positions_bt: torch.Tensor) -> torch.Tensor:
         return logits_bthl.softmax(-1)
 
 
-class MaskedSoftmaxLambdaMap(MLPLambdaMap):
+class MaskedSoftmaxLambdaMap(_ThroughMLP):
     """A softmax over the levels whose bucket is not empty: level 0, and l wherever bit l - 1 of t is set."""
 
     def activate(self, logits_bthl: torch.Tensor, positions_bt: torch.Tensor) -> torch.Tensor:
@@ -173,13 +209,13 @@ class TokenMLPLambdaMap(LambdaMap):
 
     def __init__(self, dim: int, heads: int, levels: int, beyond: str, hidden: int) -> None:
         super().__init__(levels, beyond)
-        self.mlp = _make_mlp(dim, hidden, heads * levels)
+        self.mlp = LambdaMLP(dim, hidden, heads * levels)
 
     def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
         return self.mlp(x_btd).unflatten(2, (-1, self.levels))
 
     def flops_per_token(self) -> int:
-        return _mlp_flops(self.mlp)
+        return self.mlp.flops()
 
 
 def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, hidden: int, beyond: str) -> LambdaMap:
@@ -211,21 +247,3 @@ def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, 
             return SoftmaxLambdaMap(**projected, hidden=hidden)
         case "mlp_masked_softmax":
             return MaskedSoftmaxLambdaMap(**projected, hidden=hidden)
-
-
-def _repeat_last(x_bthl: torch.Tensor, times: int) -> torch.Tensor:
-    return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], times)], -1)
-
-
-def _make_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """W1 Xavier, b1 = 0, W2 = 0, b2 such that softplus gives 1: training starts at plain linear attention."""
-    first, second = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
-    nn.init.xavier_uniform_(first.weight)
-    nn.init.zeros_(first.bias)
-    nn.init.zeros_(second.weight)
-    nn.init.constant_(second.bias, SOFTPLUS_INVERSE_OF_1)
-    return nn.Sequential(first, nn.GELU(), second)
-
-
-def _mlp_flops(mlp: nn.Sequential) -> int:
-    return sum(linear_flops(layer) for layer in mlp if isinstance(layer, nn.Linear))

@@ -44,6 +44,9 @@ def recurrent_step(
 
     Source: arXiv 2506.04761.
     """
+    _check_levels(level_scales, state.positions)
+    if _has_kernel(state, q, k, v, g, level_scales):
+        return step_in_triton(state, q, k, v, g, level_scales, scale)
     dtype = state.buckets.dtype
     per_group = v.shape[1] // q.shape[1]
     q_bhn, k_bhn = (x.to(dtype).repeat_interleave(per_group, 1) for x in (q, k))
@@ -56,6 +59,47 @@ def recurrent_step(
     own_bhp = torch.einsum("bhn,bhnp->bhp", q_bhn * scale, new_bhnp)
     o_bhp = _weigh(own_bhp, read_bhkp, level_scales, state.positions)
     return o_bhp.to(v.dtype), _carry(decayed_bhknp, new_bhnp, state.positions)
+
+
+def _has_kernel(state: LogLinearState, *tensors: torch.Tensor | None) -> bool:
+    """Whether Triton runs there, in fp32, and nobody wants gradients."""
+    given = [x for x in (state.buckets, *tensors) if x is not None]
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return state.buckets.is_cuda and state.buckets.dtype == torch.float32 and not wants_gradient
+
+
+def step_in_triton(
+    state: LogLinearState,
+    q_bgn: torch.Tensor,
+    k_bgn: torch.Tensor,
+    v_bhp: torch.Tensor,
+    g_bh: torch.Tensor,
+    scales_bhl: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, LogLinearState]:
+    """`recurrent_step` in one launch; shapes are its own, the state is fp32."""
+    from loglinear.ops.triton.step import step
+
+    positions = state.positions + 1
+    count = max(int(positions.max()).bit_length(), state.buckets.shape[2])
+    o_bhp, buckets_bhknp = step(
+        state.buckets.contiguous(),
+        state.positions.to(v_bhp.device, non_blocking=True),
+        *(x.contiguous() for x in (q_bgn, k_bgn, v_bhp, g_bh.float())),
+        None if scales_bhl is None else scales_bhl.contiguous(),
+        scale,
+        count,
+    )
+    return o_bhp, LogLinearState(buckets_bhknp, positions)
+
+
+def _check_levels(scales_bhl: torch.Tensor | None, positions_b: torch.Tensor) -> None:
+    needed = int(positions_b.max()).bit_length() + 1
+    if scales_bhl is not None and scales_bhl.shape[2] < needed:
+        raise UserError(
+            f"level_scales has {scales_bhl.shape[2]} levels, but position {int(positions_b.max())} needs "
+            f"{needed}: give it a last dimension of at least {needed}"
+        )
 
 
 def _bits(positions_b: torch.Tensor, count: int) -> torch.Tensor:
@@ -74,11 +118,6 @@ def _weigh(
         return own_bhp + read_bhkp.sum(2)
     scales_bhl = scales_bhl.to(own_bhp.dtype)
     active = int(positions_b.max()).bit_length()
-    if scales_bhl.shape[2] < active + 1:
-        raise UserError(
-            f"level_scales has {scales_bhl.shape[2]} levels, but position {int(positions_b.max())} needs "
-            f"{active + 1}: give it a last dimension of at least {active + 1}"
-        )
     past_bhp = torch.einsum("bhk,bhkp->bhp", scales_bhl[:, :, 1 : active + 1], read_bhkp[:, :, :active])
     return scales_bhl[:, :, :1] * own_bhp + past_bhp
 

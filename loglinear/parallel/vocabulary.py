@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from loglinear.ops.checks import at_least_fp32
 from loglinear.parallel.collectives import all_reduce
 from loglinear.parallel.mesh import Axis
 
@@ -31,7 +32,7 @@ class VocabParallelCrossEntropy(nn.Module):
 
     def forward(self, logits_btv: torch.Tensor, labels_bt: torch.Tensor) -> torch.Tensor:
         """As `loglinear.model.lm.CrossEntropy`, with V / ranks logits a rank."""
-        return _CrossEntropy.apply(logits_btv.flatten(0, 1), labels_bt.flatten(), self.axis)
+        return _CrossEntropy.apply(at_least_fp32(logits_btv).flatten(0, 1), labels_bt.flatten(), self.axis)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -85,7 +85,7 @@ def log_linear_by_hand(mixer: LogLinearMixer, config: ModelConfig, x_btd: torch.
     o_bthp = o_bthp + mixer.D[:, None] * v_bthp
     gated_bthp = o_bthp * F.silu(x_btd @ mixer.z_proj.weight.t()).view_as(o_bthp)
     size = (gated_bthp.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
-    return (gated_bthp / size * mixer.norm.norm.weight).flatten(2) @ mixer.out_proj.weight.t()
+    return (gated_bthp / size * mixer.norm.weight).flatten(2) @ mixer.out_proj.weight.t()
 
 
 def test_log_linear_mixer_is_what_it_says() -> None:
@@ -93,7 +93,7 @@ def test_log_linear_mixer_is_what_it_says() -> None:
     mixer = mixer_of(awake(config), LogLinearMixer)
     assert isinstance(mixer, LogLinearMixer)
     torch.nn.init.uniform_(mixer.D)
-    torch.nn.init.uniform_(mixer.norm.norm.weight)
+    torch.nn.init.uniform_(mixer.norm.weight)
     y_btd, state = mixer(x_btd, Documents.rows(2, 70, 0, CPU))
     assert state is None
     torch.testing.assert_close(y_btd, log_linear_by_hand(mixer, config, x_btd), rtol=1e-4, atol=1e-4)
@@ -135,9 +135,11 @@ def test_rotary_positions_are_relative() -> None:
 
 
 def test_gated_norm_and_swiglu_are_what_they_say() -> None:
-    x, z = normal(2, 3, 4, 6), normal(2, 3, 4, 6, seed=1)
-    gated = x * z * torch.sigmoid(z)
-    torch.testing.assert_close(GatedRMSNorm(6, 0.1)(x, z), gated / (gated.square().mean(-1, keepdim=True) + 0.1).sqrt())
+    x, v, z = (normal(2, 3, 4, 6, seed=seed) for seed in range(3))
+    skip_h = torch.tensor([0.0, 1.0, -2.0, 0.5])
+    gated = (x + skip_h[:, None] * v) * z * torch.sigmoid(z)
+    wanted = gated / (gated.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    torch.testing.assert_close(GatedRMSNorm(6, 0.1)(x, v, z, skip_h), wanted)
     mlp, x_btd = SwiGLU(5, 7), normal(1, 3, 5)
     gate = x_btd @ mlp.gate.weight.t()
     wanted = (gate * torch.sigmoid(gate) * (x_btd @ mlp.up.weight.t())) @ mlp.down.weight.t()

@@ -97,9 +97,9 @@ def test_a_built_models_mlp_starts_with_xavier_weights() -> None:
     (module,) = (module for module in build_model(config, 3).modules() if isinstance(module, LambdaMap))
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
     bound = math.sqrt(6 / (10 + 64))
-    assert 0.9 * bound < parameters["mlp.0.weight"].abs().max() < bound
-    assert not parameters["mlp.0.bias"].any()
-    assert not parameters["mlp.2.weight"].any()
+    assert 0.9 * bound < parameters["mlp.weight1"].abs().max() < bound
+    assert not parameters["mlp.bias1"].any()
+    assert not parameters["mlp.weight2"].any()
     assert float(parameters["level_proj.weight"].std()) == pytest.approx(DIM**-0.5, rel=0.1)
 
 
@@ -147,14 +147,14 @@ def by_hand(name: LevelScaleName, w: dict[str, torch.Tensor], x_d: torch.Tensor)
     if name == "static":
         return w["scale_hl"]
     if name == "mlp_token":
-        hidden_m = gelu(w["mlp.0.weight"] @ x_d + w["mlp.0.bias"])
-        return (w["mlp.2.weight"] @ hidden_m + w["mlp.2.bias"]).view(HEADS, LEVELS)
+        hidden_m = gelu(w["mlp.weight1"] @ x_d + w["mlp.bias1"])
+        return (w["mlp.weight2"] @ hidden_m + w["mlp.bias2"]).view(HEADS, LEVELS)
     level_hl = (w["level_proj.weight"] @ x_d).view(HEADS, LEVELS)
     if name == "scaled":
         return w["scale_hl"] * level_hl
     if name == "linear":
         return level_hl + w["bias_hl"]
-    rows = [w["mlp.2.weight"] @ gelu(w["mlp.0.weight"] @ row + w["mlp.0.bias"]) + w["mlp.2.bias"] for row in level_hl]
+    rows = [w["mlp.weight2"] @ gelu(w["mlp.weight1"] @ row + w["mlp.bias1"]) + w["mlp.bias2"] for row in level_hl]
     return torch.stack(rows)
 
 

@@ -9,19 +9,31 @@ import sys
 
 import pytest
 
-from tests.ops.triton_cases import CASES
+from tests.ops.triton_cases import CASES, STEPS
+
+Errors = dict[str, dict[str, float]]  # of each output and gradient, by case
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, float]]:
-    """Errors of all cases, from one process: the interpreter is chosen when Triton is imported."""
+def interpreted(module: str) -> Errors:
+    """What a program of cases prints, in a process of its own: the interpreter is chosen when Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ops.triton_cases"]
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_kernels_follow_the_definition(case: str, measured: dict[str, dict[str, float]]) -> None:
+@pytest.fixture(scope="module")
+def measured() -> Errors:
+    return interpreted("tests.ops.triton_cases")
+
+
+@pytest.mark.parametrize("case", [*CASES, *STEPS])
+def test_the_kernels_follow_the_definition(case: str, measured: Errors) -> None:
     assert {name: error for name, error in measured[case].items() if not error < 5e-6} == {}
+
+
+def test_the_operations_around_the_op_follow_pytorch() -> None:
+    measured = interpreted("tests.ops.neighbour_cases")
+    assert len(measured) == 10
+    assert {name: errors for name, errors in measured.items() if not max(errors.values()) < 1e-6} == {}

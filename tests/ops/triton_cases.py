@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch.library import opcheck
 
-from loglinear.ops import naive_log_linear_attention
+from loglinear.ops import LogLinearState, naive_log_linear_attention, recurrent, recurrent_step
 from loglinear.ops.triton import op, tables, triton_log_linear_attention
 from tests.ops.op_cases import (
     Inputs,
@@ -44,6 +44,7 @@ CASES: dict[str, Callable[[], Inputs]] = {
     "levels of a short sequence": lambda: random_inputs(0, 1, 20, replace(SMALL, levels=6)),
     "several rows, ragged": lambda: random_inputs(1, 2, 300, SMALL),
     "whole chunks": lambda: random_inputs(1, 1, 512, SMALL),
+    "a deep tree": lambda: random_inputs(1, 1, 2200, replace(SMALL, heads=1, levels=13)),
     "groups": lambda: random_inputs(2, 1, 200, replace(SMALL, groups=2, heads=4)),
     "heads that are no power of two": lambda: random_inputs(2, 1, 140, replace(SMALL, heads=3)),
     "sizes": lambda: random_inputs(2, 1, 200, replace(SMALL, state_dim=32, head_dim=64)),
@@ -53,6 +54,9 @@ CASES: dict[str, Callable[[], Inputs]] = {
     "states and documents": lambda: packed([60, 0, 200], (0, 130, 517)),
     "a state without level scales": lambda: packed([150], (200,), replace(SMALL, levels=None)),
 }
+
+
+STEPS = {"decoding steps": 10, "decoding steps without level scales": None}  # levels
 
 
 def _weigh(x: torch.Tensor, seed: int) -> torch.Tensor:
@@ -86,6 +90,22 @@ def errors(inputs: Inputs, reference: Callable = naive_log_linear_attention) -> 
     }
 
 
+def step_errors(device: str, sizes: Sizes) -> dict[str, float]:
+    """Relative errors of three decoding steps of sequences at different positions, one of which fills a new bucket."""
+    exact = random_state(1, (0, 5, 7, 62), sizes)
+    state = LogLinearState(exact.buckets.float().to(device), exact.positions)
+    measured = {}
+    for number in range(3):
+        now = random_inputs(number, 4, 1, sizes)
+        tensors = [x if x is None else x[:, 0] for x in (now.q, now.k, now.v, now.g, now.level_scales)]
+        wanted, exact = recurrent_step(exact, *tensors, scale=0.5)
+        o, state = recurrent.step_in_triton(state, *(x if x is None else x.float().to(device) for x in tensors), 0.5)
+        measured[f"o {number}"] = relative_error(o.cpu(), wanted)
+        measured[f"state {number}"] = relative_error(state.buckets.cpu(), exact.buckets)
+        assert state.positions.tolist() == exact.positions.tolist()
+    return measured
+
+
 def check_operator() -> None:
     """Schema, fake implementation and autograd of the custom operator agree with what it does."""
     inputs = random_inputs(5, 1, 300, SMALL).fresh(torch.float32)
@@ -93,11 +113,14 @@ def check_operator() -> None:
         tensors = [
             x if x is None else x[0].detach().requires_grad_() for x in (*list(inputs.leaves().values())[:4], scales)
         ]
-        opcheck(op._forward, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
+        opcheck(op._forward.definition, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tables.PIECE = 2  # so that the readers of a run are split at these lengths already
     check_operator()
-    print(json.dumps({name: errors(case().fresh(torch.float32)) for name, case in CASES.items()}))
+    measured = {name: errors(case().fresh(torch.float32)) for name, case in CASES.items()}
+    odd = Sizes(groups=2, heads=4, state_dim=24, head_dim=40)
+    measured |= {name: step_errors("cpu", replace(odd, levels=levels)) for name, levels in STEPS.items()}
+    print(json.dumps(measured))

@@ -80,8 +80,8 @@ def test_what_context_ranks_send_does_not_grow_with_the_sequence(tmp_path: Path)
     """One state, one halo and one decay a head and rank, there and back; float32."""
     ranks = 4
     assert exit_codes(start_ranks(ranks, count_bytes, [256, 1024, 4096], tmp_path)) == [0] * ranks
-    samples, heads, state, width = 2, 4, 8 * 8, 4
-    channels = 2 * 8 + 4 * 8  # keys and queries of one group, values of all heads
+    samples, heads, state, width = 2, 4, 16 * 16, 4
+    channels = 2 * 16 + 4 * 16  # keys and queries of one group, values of all heads
     whole = 4 * ranks * samples * (heads * (state + 1) + (width - 1) * channels)
     for file in tmp_path.glob("rank-*"):
         assert json.loads(file.read_text()) == [{"context": 2 * whole * (ranks - 1) // ranks}] * 3

@@ -112,3 +112,11 @@ def store_level_sums(
     for level in tl.static_range(5):
         at_level_ts = (distance_ts < (1 << level)) & (distance_ts >= (1 << level) // 2)
         _store_sum(ptr, stride, t, level, tl.sum(tl.where(at_level_ts, own_ts, 0.0), 1), LEVELS)
+
+
+@triton.jit
+def softplus(x: tl.tensor) -> tl.tensor:
+    """log(1 + exp(x)), also where exp(x) would overflow or vanish beside 1."""
+    small = tl.exp(-tl.abs(x))
+    rest = tl.where(small < 1e-3, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
+    return tl.maximum(x, 0.0) + rest

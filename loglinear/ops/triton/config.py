@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-STATE_SIZES = (16, 32, 64, 128)  # of keys
-VALUE_SIZES = (64, 128, 256)
+STATE_SIZES = (16, 32, 64, 128, 256)  # of keys
+LARGEST_FP32_STATE = 128  # larger ones fill more than the shared memory of a multiprocessor
+VALUE_SIZES = (16, 32, 64, 128, 256)
+LEAST_VALUE = 64  # smaller ones are padded: Triton 3.6 multiplies narrower tiles wrongly on Hopper
 ENOUGH_PROGRAMS = 500  # several for each multiprocessor of a large GPU
 
 
@@ -34,7 +36,7 @@ class Sizes:
     @property
     def flat_block(self) -> int:
         """Numbers of a state that a program handles at once."""
-        return min(self.flat, 8192)
+        return min(self.flat, 2048)
 
     @property
     def precision(self) -> str:

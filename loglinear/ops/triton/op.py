@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 
 from loglinear.ops.checks import Sequences, check_inputs
 from loglinear.ops.plan import plan_counts
 from loglinear.ops.state import LogLinearState
-from loglinear.ops.triton.config import STATE_SIZES, VALUE_SIZES, Sizes
+from loglinear.ops.triton.config import LARGEST_FP32_STATE, LEAST_VALUE, STATE_SIZES, VALUE_SIZES, Sizes
 from loglinear.ops.triton.decay_backward import decay_gradients
 from loglinear.ops.triton.edges import final_state, read_initial_state
 from loglinear.ops.triton.intra_backward import intra_gradients
 from loglinear.ops.triton.keys import key_gradients
+from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.output import outputs
 from loglinear.ops.triton.prepare import Decays, levels_innermost, slots_innermost, sum_decays
 from loglinear.ops.triton.queries import query_gradients
@@ -30,8 +32,10 @@ Tensor = torch.Tensor
 
 def supports(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels are known to work for the sizes and the dtype of q [B, T, G, N] and v [B, T, H, P]."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return v.dtype in dtypes and q.shape[-1] in STATE_SIZES and v.shape[-1] in VALUE_SIZES
+    if v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    largest = max(STATE_SIZES) if v.dtype == torch.bfloat16 else LARGEST_FP32_STATE
+    return q.shape[-1] in STATE_SIZES and q.shape[-1] <= largest and v.shape[-1] in VALUE_SIZES
 
 
 def triton_log_linear_attention(
@@ -59,19 +63,21 @@ def triton_log_linear_attention(
     g_th = g.float().flatten(0, 1).contiguous()
     scales_thl = None if level_scales is None else level_scales.flatten(0, 1).contiguous()
     lengths, starts = list(sequences.lengths), list(sequences.starts)
-    o_thp = _forward(q_tgn, k_tgn, v_thp, g_th, scales_thl, lengths, starts, scale)[0]
+    values = v.shape[3]
+    padded_thp = v_thp if values >= LEAST_VALUE else F.pad(v_thp, (0, LEAST_VALUE - values))
+    o_thp = _forward(q_tgn, k_tgn, padded_thp, g_th, scales_thl, lengths, starts, scale)[0][..., :values]
     with torch.autocast(v.device.type, enabled=False):
         if initial_state is not None:
             o_thp = read_initial_state(o_thp, q_tgn, g_th, scales_thl, scale, initial_state, sequences)
         state = final_state(k_tgn, v_thp, g_th, initial_state, sequences) if output_final_state else None
-    return o_thp.view(v.shape).to(v.dtype), state
+    return o_thp.reshape(v.shape).to(v.dtype), state
 
 
 def _sizes(q_tgn: Tensor, v_thp: Tensor) -> Sizes:
     return Sizes(v_thp.shape[1], q_tgn.shape[1], q_tgn.shape[2], v_thp.shape[2], v_thp.dtype)
 
 
-@torch.library.custom_op("loglinear::forward", mutates_args=())
+@operator("loglinear::forward")
 def _forward(
     q_tgn: Tensor,
     k_tgn: Tensor,
@@ -109,7 +115,7 @@ def _(q_tgn, k_tgn, v_thp, g_th, scales_thl, lengths, starts, scale):
     )
 
 
-@torch.library.custom_op("loglinear::backward", mutates_args=())
+@operator("loglinear::backward")
 def _backward(
     do_thp: Tensor,
     q_tgn: Tensor,

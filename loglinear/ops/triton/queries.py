@@ -44,11 +44,11 @@ def query_gradients(
     parts = sizes.per_group // at_once
     dq_wtgn = q_tgn.new_empty(parts, *q_tgn.shape, dtype=torch.float32)
     ddecay_cht = torch.empty_like(decays.slot_cht)
-    dreads_uech = ddecay_cht.new_empty(CHUNK // 16, len(tables.source_heights), tables.rows, sizes.heads)
+    dreads_uech = ddecay_cht.new_empty(CHUNK // 16, tables.source_heights, tables.rows, sizes.heads)
     _query_gradients[(tables.rows * (CHUNK // BLOCK_T), sizes.heads // at_once)](
         q_tgn, do_thp, scales_chlt, decays.slot_cht, decays.read_mh, states_xhnp, dq_wtgn, dscales_chlt, ddecay_cht,
         dreads_uech, tables.row_token, tables.row_slots, tables.read_start, tables.read,
-        scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows, len(tables.source_heights),
+        scale, 0 if scales_chlt is None else scales_chlt.shape[2], len(q_tgn), tables.rows, tables.source_heights,
         H=sizes.heads, R=sizes.per_group, N=sizes.state, P=sizes.value, CHUNK=CHUNK,
         BLOCK_T=BLOCK_T, BLOCK_P=sizes.value_block(128), AT_ONCE=at_once, SCALED=scales_chlt is not None,
         PRECISION=sizes.precision, num_warps=4, num_stages=sizes.stages(2),

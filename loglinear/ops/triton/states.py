@@ -36,9 +36,9 @@ def run_states(
         BLOCK_P=block_p, PRECISION=sizes.precision, num_warps=8,
     )  # fmt: skip
     block = sizes.flat_block
-    for runs in tables.run_heights[1:]:
-        _merge[((runs.stop - runs.start) * sizes.heads, sizes.flat // block)](
-            states_xhnp, decays.state_xh, tables.merge, runs.start, tables.row_states,
+    for trees in tables.merge_trees:
+        _merge[(len(trees) * sizes.heads, sizes.flat // block)](
+            states_xhnp, decays.state_xh, tables.merge, trees, tables.row_states,
             H=sizes.heads, F=sizes.flat, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return states_xhnp
@@ -92,18 +92,52 @@ def _pair_states(
         tl.store(states_ptr + of_both * N * P + state_at, state_np.to(dtype))
 
 
-@triton.jit(do_not_specialize=["first", "row_states"])
+@triton.jit
+def _load_half(states_ptr, merge_ptr, merge, side, head, f, H: tl.constexpr, F: tl.constexpr):
+    """The state of a half, fp32; zero if there is none."""
+    state = tl.load(merge_ptr + 2 * merge + side, mask=merge >= 0, other=-1).to(tl.int64)
+    return tl.load(states_ptr + (state * H + head) * F + f, mask=state + 0 * f >= 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _merge_halves(
+    states_ptr, state_decay_ptr, merge_ptr, merge, left_f, right_f, row_states, head, f,
+    H: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """The left half decayed over the right one, plus that; stored, and returned unrounded."""
+    left = tl.load(merge_ptr + 2 * merge, mask=merge >= 0, other=-1)
+    decay = tl.exp2(tl.load(state_decay_ptr + left * H + head, mask=left >= 0, other=0.0))
+    merged_f = right_f + decay * left_f
+    out = (merge + row_states).to(tl.int64) * H + head
+    tl.store(states_ptr + out * F + f, merged_f.to(states_ptr.dtype.element_ty), mask=merge + 0 * f >= 0)
+    return merged_f
+
+
+@triton.jit(do_not_specialize=["row_states"])
 def _merge(
-    states_ptr, state_decay_ptr, merge_ptr, first, row_states,
+    states_ptr, state_decay_ptr, merge_ptr, tree_ptr, row_states,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    merge, head = first + tl.program_id(0) // H, tl.program_id(0) % H
+    """A tree of up to seven merges, slots 3 to 6 before 1 and 2 before 0."""
+    tree_ptr += 7 * (tl.program_id(0) // H)
+    head = tl.program_id(0) % H
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    left, right = tl.load(merge_ptr + 2 * merge), tl.load(merge_ptr + 2 * merge + 1).to(tl.int64)
-    decay = tl.exp2(tl.load(state_decay_ptr + left * H + head, mask=left >= 0, other=0.0))
-    left_ptr = states_ptr + (left.to(tl.int64) * H + head) * F
-    left_f = tl.load(left_ptr + f, mask=left + 0 * f >= 0, other=0.0)
-    right_f = tl.load(states_ptr + (right * H + head) * F + f)
-    merged_f = right_f + decay * left_f.to(tl.float32)
-    out = (merge + row_states).to(tl.int64) * H + head
-    tl.store(states_ptr + out * F + f, merged_f.to(right_f.dtype))
+    tops = ()
+    for side in tl.static_range(2):
+        halves = ()
+        for half in tl.static_range(2):
+            merge = tl.load(tree_ptr + 3 + 2 * side + half)
+            left_f = _load_half(states_ptr, merge_ptr, merge, 0, head, f, H, F)
+            right_f = _load_half(states_ptr, merge_ptr, merge, 1, head, f, H, F)
+            merged_f = _merge_halves(
+                states_ptr, state_decay_ptr, merge_ptr, merge, left_f, right_f, row_states, head, f, H, F
+            )
+            halves = halves + (merged_f,)  # noqa: RUF005 (Triton knows no star)
+        merge = tl.load(tree_ptr + 1 + side)
+        merged_f = _merge_halves(
+            states_ptr, state_decay_ptr, merge_ptr, merge, halves[0], halves[1], row_states, head, f, H, F
+        )
+        tops = tops + (merged_f,)  # noqa: RUF005
+    _merge_halves(
+        states_ptr, state_decay_ptr, merge_ptr, tl.load(tree_ptr), tops[0], tops[1], row_states, head, f, H, F
+    )

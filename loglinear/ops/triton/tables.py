@@ -6,6 +6,7 @@ by consecutive rows; a piece is at most `PIECE` of them, the work of one program
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ from loglinear.ops.checks import Sequences
 from loglinear.ops.plan import Plan, make_plan
 
 CHUNK = 128
+AT_ONCE = 3  # heights of the tree that a launch goes through: states between them are not rounded
 PIECE = 32  # rows: bounds the longest program, and with it the tail of the launch
 
 
@@ -31,8 +33,8 @@ class Tables:
     row_states: int  # states that are of rows; those of longer runs follow
     reads: int
     pieces: int
-    run_heights: tuple[slice, ...]  # the runs of 2, 4, 8, ... chunks, counted from the first of them
-    source_heights: tuple[slice, ...]  # the sources of 1, 2, 4, ... chunks
+    pairs: int  # runs of two chunks
+    source_heights: int  # how many different heights sources may have
     row_token: torch.Tensor  # int64, token in slot 0 of each row (before the sequence where slots are padding)
     row_slots: torch.Tensor  # [rows, 2], first slot with a token and the end of them
     row_levels: torch.Tensor  # bit mask of the levels that a row's reads have
@@ -42,6 +44,8 @@ class Tables:
     read_gap: torch.Tensor  # [reads + 1, 2]: boundaries at the run's end and before the row
     pair: torch.Tensor  # [pairs of rows, 4]: left row, its state, right row, state of both; -1 for what does not exist
     merge: torch.Tensor  # [runs of more than one chunk, 2]: states of the left half, or -1, and of the right one
+    merge_trees: tuple[torch.Tensor, ...]  # bottom up, [trees, 7] each: see `_merge_trees`
+    source_trees: tuple[torch.Tensor, ...]  # top down, [trees, 4] each: see `_source_trees`
     state_gap: torch.Tensor  # [states, 2]: boundaries at the run's end and its parent's
     source: torch.Tensor  # [sources, 7]: state, pieces from, to, parent's gradient or -1, rows from, to, height
     piece: torch.Tensor  # [pieces, 5], longest first: rows from, to, boundary, level, where its sum goes
@@ -77,8 +81,8 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
         row_states=int(has_state[: plan.rows].sum()),
         reads=len(read),
         pieces=len(piece),
-        run_heights=merges.heights,
-        source_heights=tuple(slice(*np.searchsorted(source[:, 0], (h.start, h.stop)).tolist()) for h in heights),
+        pairs=merges.heights[0].stop if merges.heights else 0,
+        source_heights=len(heights),
         row_token=put(row_token, np.int64),
         row_slots=put(row_slots),
         row_levels=put(levels),
@@ -88,6 +92,8 @@ def make_tables(sequences: Sequences, device: torch.device) -> Tables:
         read_gap=put(np.pad(np.column_stack([read[:, 3], row]), one_more)),
         pair=put(np.column_stack([pair[:, 0], state[pair[:, 0]], pair[:, 1], state[pair[:, 2]]])),
         merge=put(state[merge[:, :2]]),
+        merge_trees=tuple(map(put, _merge_trees(merge[:, :2] - plan.rows, merges.heights))),
+        source_trees=tuple(map(put, _source_trees(source[:, 5], source[:, 1], above[source[:, 0], 1]))),
         state_gap=put(run_gap[has_state]),
         source=put(np.column_stack([state[source[:, 0]], source[:, 1:3], above[source[:, 0], 1], source[:, 3:]])),
         piece=put(piece),
@@ -135,6 +141,64 @@ def _sources(row: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     stop = np.minimum(begin + PIECE, source[owner, 4])
     piece = np.column_stack([begin, stop, read[first, 3][owner], read[first, 1][owner], number])
     return source, piece[np.argsort(begin - stop, kind="stable")]
+
+
+def _merge_trees(halves: np.ndarray, heights: tuple[slice, ...]) -> Iterator[np.ndarray]:
+    """The merges of `AT_ONCE` heights at a time as binary trees, for the heights above the pairs.
+
+    A tree has its top in slot 0, the halves of slot i in slots 2 i + 1 and 2 i + 2, and -1 in slots without a merge.
+    Its lowest merges are in the last four slots, so a tree of fewer heights begins in slot 2 or 6.
+
+    Args:
+        halves: [merges, 2], the merge that makes each half.
+        heights: merges of each height.
+    """
+    for first in range(1, len(heights), AT_ONCE):
+        group = heights[first : first + AT_ONCE]
+        slot = np.full(len(halves), -1)
+        tree = np.full(len(halves), -1)
+        trees = 0
+        for depth, height in zip(range(AT_ONCE - len(group), AT_ONCE), reversed(group), strict=True):
+            tops = np.flatnonzero(slot[height] < 0) + height.start
+            slot[tops], tree[tops] = (2 << depth) - 2, trees + np.arange(len(tops))
+            trees += len(tops)
+            for side in (0, 1) if depth + 1 < AT_ONCE else ():
+                half = halves[height, side]
+                exists = half >= group[0].start
+                slot[half[exists]] = 2 * slot[height][exists] + 1 + side
+                tree[half[exists]] = tree[height][exists]
+        table = np.full((trees, (1 << AT_ONCE) - 1), -1)
+        merges = slice(group[0].start, group[-1].stop)
+        table[tree[merges], slot[merges]] = np.arange(merges.start, merges.stop)
+        yield table
+
+
+def _source_trees(height: np.ndarray, first_piece: np.ndarray, parent_piece: np.ndarray) -> Iterator[np.ndarray]:
+    """The sources of `AT_ONCE` heights at a time as trees: a source's gradient takes part in those below it.
+
+    A tree is a source, the ones one and two heights below that need its gradient, and the one two heights below that
+    needs the first's; -1 for what does not exist.
+
+    Args:
+        height, first_piece, parent_piece: [sources], the last -1 where no gradient comes from above.
+    """
+    sources = np.arange(len(height))
+    of_piece = np.full(int(first_piece.max(initial=-1)) + 2, -1)  # the last one for piece -1
+    of_piece[first_piece] = sources
+    parent = of_piece[parent_piece]
+    for top in range(int(height.max(initial=-1)), -1, -AT_ONCE):
+        in_group = (height <= top) & (height > top - AT_ONCE)
+        has_parent = in_group & (parent >= 0) & (height[parent] <= top)
+        roots = np.flatnonzero(in_group & ~has_parent)
+        tree = np.full(len(height), -1)
+        tree[roots] = np.arange(len(roots))
+        table = np.full((len(roots), 4), -1)
+        table[:, 0] = roots
+        children = np.flatnonzero(has_parent & (tree[parent] >= 0))
+        table[tree[parent[children]], height[parent[children]] - height[children]] = children
+        grandchildren = np.flatnonzero(has_parent & (tree[parent] < 0))
+        table[tree[parent[parent[grandchildren]]], 3] = grandchildren
+        yield table
 
 
 def _parents(heights: tuple[slice, ...], merge: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

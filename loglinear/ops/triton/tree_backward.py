@@ -122,36 +122,68 @@ def bring_down(
         spans_mh, how the loss depends on the decay over the half to the right of each source, where it has a parent.
     """
     spans_mh = decays.state_xh.new_empty(len(tables.source), sizes.heads)
-    for sources in reversed(tables.source_heights):
-        if sources.stop > sources.start:
-            _bring_down[((sources.stop - sources.start) * sizes.heads,)](
-                dpieces_yhnp, states_xhnp, decays.state_xh, spans_mh, tables.source, sources.start,
-                H=sizes.heads, F=sizes.flat, BLOCK=sizes.flat_block, num_warps=8,
-            )  # fmt: skip
+    for trees in tables.source_trees:
+        _bring_down[(len(trees) * sizes.heads,)](
+            dpieces_yhnp, states_xhnp, decays.state_xh, spans_mh, tables.source, trees,
+            H=sizes.heads, F=sizes.flat, BLOCK=sizes.flat_block, num_warps=4,
+        )  # fmt: skip
     return spans_mh
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
+def _load_parent(dpieces_ptr, source_ptr, source, head, f, H: tl.constexpr, F: tl.constexpr):
+    """The gradient of a source's parent, fp32; zero if it has none."""
+    parent = tl.load(source_ptr + 7 * source + 3).to(tl.int64)
+    return tl.load(dpieces_ptr + (parent * H + head) * F + f, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _complete(
+    dpieces_ptr, states_ptr, state_decay_ptr, source_ptr, source, head, parent_f, f, H: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """A source's whole gradient, stored, and unrounded; and <what came from above, state>. Zero for source -1."""
+    exists = source >= 0
+    exists_f = source + 0 * f >= 0
+    state = tl.load(source_ptr + 7 * source, mask=exists, other=0).to(tl.int64)
+    piece_from = tl.load(source_ptr + 7 * source + 1, mask=exists, other=0)
+    piece_to = tl.load(source_ptr + 7 * source + 2, mask=exists, other=0)
+    decay = tl.exp2(tl.load(state_decay_ptr + state * H + head))
+    own_ptr = dpieces_ptr + (piece_from.to(tl.int64) * H + head) * F
+    state_f = tl.load(states_ptr + (state * H + head) * F + f, mask=exists_f, other=0.0).to(tl.float32)
+    gradient_f = decay * parent_f
+    span = tl.sum(gradient_f * state_f, 0)
+    for piece in range(piece_to - piece_from):
+        gradient_f += tl.load(own_ptr + tl.cast(piece, tl.int64) * H * F + f).to(tl.float32)
+    tl.store(own_ptr + f, gradient_f.to(own_ptr.dtype.element_ty), mask=exists_f)
+    return gradient_f, span
+
+
+@triton.jit
 def _bring_down(
-    dpieces_ptr, states_ptr, state_decay_ptr, spans_ptr, source_ptr, first,
+    dpieces_ptr, states_ptr, state_decay_ptr, spans_ptr, source_ptr, tree_ptr,
     H: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    source, head = first + tl.program_id(0) // H, tl.program_id(0) % H
-    state = tl.load(source_ptr + 7 * source).to(tl.int64)
-    piece_from, piece_to = tl.load(source_ptr + 7 * source + 1), tl.load(source_ptr + 7 * source + 2)
-    parent = tl.load(source_ptr + 7 * source + 3)
-    decay = tl.exp2(tl.load(state_decay_ptr + state * H + head))
-    state_ptr = states_ptr + (state * H + head) * F
-    parent_ptr = dpieces_ptr + (parent.to(tl.int64) * H + head) * F
-    own_ptr = dpieces_ptr + (piece_from.to(tl.int64) * H + head) * F
-    span = tl.zeros([], tl.float32)
+    """A tree of up to four sources: one, those one and two heights below it, and the one below the first of these."""
+    tree_ptr += 4 * (tl.program_id(0) // H)
+    head = tl.program_id(0) % H
+    top, near = tl.load(tree_ptr), tl.load(tree_ptr + 1)
+    far, below_near = tl.load(tree_ptr + 2), tl.load(tree_ptr + 3)
+    top_span, near_span = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    far_span, below_near_span = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for start in range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
-        state_f = tl.load(state_ptr + f).to(tl.float32)
-        gradient_f = decay * tl.load(parent_ptr + f, mask=parent + 0 * f >= 0, other=0.0).to(tl.float32)
-        span += tl.sum(gradient_f * state_f, 0)
-        for piece in range(piece_to - piece_from):
-            piece_ptr = own_ptr + tl.cast(piece, tl.int64) * H * F
-            gradient_f += tl.load(piece_ptr + f).to(tl.float32)
-        tl.store(own_ptr + f, gradient_f.to(own_ptr.dtype.element_ty))
-    tl.store(spans_ptr + source * H + head, span)
+        parent_f = _load_parent(dpieces_ptr, source_ptr, top, head, f, H, F)
+        top_f, span = _complete(
+            dpieces_ptr, states_ptr, state_decay_ptr, source_ptr, top, head, parent_f, f, H, F
+        )  # fmt: skip
+        top_span += span
+        _, span = _complete(dpieces_ptr, states_ptr, state_decay_ptr, source_ptr, far, head, top_f, f, H, F)
+        far_span += span
+        near_f, span = _complete(dpieces_ptr, states_ptr, state_decay_ptr, source_ptr, near, head, top_f, f, H, F)
+        near_span += span
+        _, span = _complete(dpieces_ptr, states_ptr, state_decay_ptr, source_ptr, below_near, head, near_f, f, H, F)
+        below_near_span += span
+    tl.store(spans_ptr + top * H + head, top_span)
+    tl.store(spans_ptr + near * H + head, near_span, mask=near >= 0)
+    tl.store(spans_ptr + far * H + head, far_span, mask=far >= 0)
+    tl.store(spans_ptr + below_near * H + head, below_near_span, mask=below_near >= 0)

@@ -1,0 +1,62 @@
+"""Kernels as functions that autograd and torch.compile know, and that cost little to call.
+
+A custom operator of torch is what a compiler needs, but calling one takes a tenth of a millisecond of Python, a dozen
+times a layer. So only a compiler calls it, or whoever looks at operators as they pass; everybody else calls the same
+function through an autograd Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+class Operator:
+    """A function of tensors, called as it is or, by a compiler, as the custom operator `definition`."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.definition = torch.library.custom_op(name, function, mutates_args=())
+        self._function = function
+        self._setup_context: Callable[..., None] | None = None
+        self._backward: Callable[..., Any] | None = None
+
+    def register_fake(self, fake: Callable[..., Any]) -> None:
+        """`fake` gives empty outputs of the right shapes; arguments are the function's."""
+        self.definition.register_fake(fake)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """As `torch.library.CustomOpDef.register_autograd` takes them."""
+        self.definition.register_autograd(backward, setup_context=setup_context)
+        self._backward, self._setup_context = backward, setup_context
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return self.definition(*args)
+        wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        if self._backward is None or not wants_gradient or not torch.is_grad_enabled():
+            return self._function(*args)
+        return _Eager.apply(self, *args)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function with annotated arguments an `Operator` called `name`."""
+    return lambda function: Operator(name, function)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *args: Any) -> Any:
+        output = operator._function(*args)
+        ctx.operator = operator
+        assert operator._setup_context is not None
+        operator._setup_context(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        result = ctx.operator._backward(ctx, *gradients)
+        return None, *(result if isinstance(result, tuple) else (result,))

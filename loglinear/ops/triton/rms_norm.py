@@ -1,0 +1,120 @@
+"""RMSNorm over the last dimension: one pass forward, one backward, which also adds up the weight's gradient.
+
+Shapes: i row, d width.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from loglinear.ops.triton.operator import operator
+from loglinear.ops.triton.partial_sums import steps_of_a_program
+
+MOST_WIDTH = 8192  # a row must fit in the registers of a program
+NUMBERS = 2048  # of all rows that a program has at once
+MOST_PROGRAMS = 1024
+
+
+@operator("loglinear::rms_norm")
+def rms_norm(x_id: torch.Tensor, weight_d: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in x's dtype, computed in fp32.
+
+    Args:
+        x_id: [rows, D], contiguous, D at most `MOST_WIDTH`.
+        weight_d: [D].
+        eps: added to the mean square.
+
+    Source: arXiv 1910.07467.
+    """
+    y_id = torch.empty_like(x_id)
+    sizes = _sizes(x_id.shape[1])
+    _forward[(triton.cdiv(len(x_id), sizes["BLOCK_I"]),)](x_id, weight_d, y_id, len(x_id), eps, **sizes)
+    return y_id
+
+
+def _sizes(width: int) -> dict[str, Any]:
+    block_d = 1 << (width - 1).bit_length()
+    return {
+        "D": width,
+        "BLOCK_D": block_d,
+        "BLOCK_I": max(1, NUMBERS // block_d),
+        "num_warps": 8 if block_d > NUMBERS else 4,
+    }
+
+
+@rms_norm.register_fake
+def _(x_id, weight_d, eps):
+    return torch.empty_like(x_id)
+
+
+@operator("loglinear::rms_norm_backward")
+def _rms_norm_backward(
+    dy_id: torch.Tensor, x_id: torch.Tensor, weight_d: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and weight."""
+    dx_id, sizes = torch.empty_like(x_id), _sizes(x_id.shape[1])
+    steps, programs = steps_of_a_program(len(x_id), sizes["BLOCK_I"], MOST_PROGRAMS)
+    sums_d = weight_d.new_empty(programs, len(weight_d), dtype=torch.float32)
+    _backward[(programs,)](dy_id, x_id, weight_d, dx_id, sums_d, len(x_id), steps, eps, **sizes)
+    return dx_id, sums_d.sum(0).to(weight_d.dtype)
+
+
+@_rms_norm_backward.register_fake
+def _(dy_id, x_id, weight_d, eps):
+    return torch.empty_like(x_id), torch.empty_like(weight_d)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x_id, weight_d, ctx.eps = inputs
+    ctx.save_for_backward(x_id, weight_d)
+
+
+def _autograd(ctx, dy_id):
+    return *_rms_norm_backward(dy_id.contiguous(), *ctx.saved_tensors, ctx.eps), None
+
+
+rms_norm.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward(
+    x_ptr, weight_ptr, y_ptr, rows, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr
+):  # fmt: skip
+    i, d = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
+    at_id = i.to(tl.int64)[:, None] * D + d[None, :]
+    exists_id = (i < rows)[:, None] & (d < D)[None, :]
+    x_id = tl.load(x_ptr + at_id, mask=exists_id, other=0.0).to(tl.float32)
+    weight_d = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    factor_i = tl.rsqrt(tl.sum(x_id * x_id, 1) / D + eps)
+    y_id = x_id * factor_i[:, None] * weight_d[None, :]
+    tl.store(y_ptr + at_id, y_id.to(y_ptr.dtype.element_ty), mask=exists_id)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _backward(
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, sums_ptr, rows, steps, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    weight_d = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    sums_id = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
+    for step in range(steps):
+        i = (tl.program_id(0) * steps + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+        at_id = i.to(tl.int64)[:, None] * D + d[None, :]
+        exists_id = (i < rows)[:, None] & (d < D)[None, :]
+        x_id = tl.load(x_ptr + at_id, mask=exists_id, other=0.0).to(tl.float32)
+        dy_id = tl.load(dy_ptr + at_id, mask=exists_id, other=0.0).to(tl.float32)
+        factor_i = tl.rsqrt(tl.sum(x_id * x_id, 1) / D + eps)
+        x_id *= factor_i[:, None]
+        sums_id += dy_id * x_id
+        dy_id *= weight_d[None, :]
+        dx_id = factor_i[:, None] * (dy_id - x_id * (tl.sum(dy_id * x_id, 1) / D)[:, None])
+        tl.store(dx_ptr + at_id, dx_id.to(dx_ptr.dtype.element_ty), mask=exists_id)
+    tl.store(sums_ptr + tl.program_id(0) * D + d, tl.sum(sums_id, 0), mask=d < D)

@@ -1,0 +1,100 @@
+"""One decoding step of a batch of sequences in one launch: read all buckets, decay them, carry.
+
+Shapes: s sequence, h value head, g query/key group, k bucket, n state (key) size, p value head size, l level.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# A kernel's constants and the options of its launch are not what the type checker takes them for.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from loglinear.ops.triton.operator import operator
+
+MOST_VALUES = 32  # of a head in a program: more programs than heads, since a batch may be one sequence
+
+
+@operator("loglinear::step")
+def step(
+    buckets_shknp: torch.Tensor,
+    positions_s: torch.Tensor,
+    q_sgn: torch.Tensor,
+    k_sgn: torch.Tensor,
+    v_shp: torch.Tensor,
+    g_sh: torch.Tensor,
+    scales_shl: torch.Tensor | None,
+    scale: float,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs [S, H, P] in v's dtype, and the buckets after the token, fp32 [S, H, `count`, N, P].
+
+    Args:
+        buckets_shknp: fp32 [S, H, K, N, P], contiguous.
+        positions_s: int64 [S] on the same device, tokens seen so far; below 2^K.
+        q_sgn, k_sgn: [S, G, N], contiguous.
+        v_shp: [S, H, P], contiguous.
+        g_sh: fp32 [S, H], contiguous.
+        scales_shl: [S, H, L], contiguous, or None.
+        scale: multiplies q.
+        count: buckets that any sequence needs after the token, at least K.
+
+    Source: arXiv 2506.04761.
+    """
+    sequences, heads, buckets, size, values = buckets_shknp.shape
+    o_shp = torch.empty_like(v_shp)
+    out_shknp = buckets_shknp.new_empty(sequences, heads, count, size, values)
+    block_p = min(MOST_VALUES, triton.next_power_of_2(values))
+    _step[(sequences * heads, triton.cdiv(values, block_p))](
+        buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, o_shp, out_shknp, scale, buckets, count,
+        0 if scales_shl is None else scales_shl.shape[2],
+        H=heads, R=heads // q_sgn.shape[1], N=size, BLOCK_N=triton.next_power_of_2(size), P=values, BLOCK_P=block_p,
+        SCALED=scales_shl is not None, num_warps=4,
+    )  # fmt: skip
+    return o_shp, out_shknp
+
+
+@step.register_fake
+def _(buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale, count):
+    sequences, heads, _, size, values = buckets_shknp.shape
+    return torch.empty_like(v_shp), buckets_shknp.new_empty(sequences, heads, count, size, values)
+
+
+@triton.jit(do_not_specialize=["buckets", "count", "L"])
+def _step(
+    buckets_ptr, positions_ptr, q_ptr, k_ptr, v_ptr, g_ptr, scales_ptr, o_ptr, out_ptr, scale, buckets, count, L,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """The token's own matrix takes up the full buckets below the first empty one, as a counter carries."""
+    of_head = tl.program_id(0).to(tl.int64)
+    sequence, head = of_head // H, of_head % H
+    n, p = tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    of_group = (sequence * (H // R) + head // R) * N
+    q_n = scale * tl.load(q_ptr + of_group + n, mask=n < N, other=0.0).to(tl.float32)
+    k_n = tl.load(k_ptr + of_group + n, mask=n < N, other=0.0).to(tl.float32)
+    v_p = tl.load(v_ptr + of_head * P + p, mask=p < P, other=0.0).to(tl.float32)
+    position = tl.load(positions_ptr + sequence)
+    decay = tl.exp(tl.load(g_ptr + of_head))
+    level_scale = 1.0
+    if SCALED:
+        level_scale = tl.load(scales_ptr + of_head * L).to(tl.float32)
+    o_p = level_scale * tl.sum(q_n * k_n, 0) * v_p
+    carried_np = k_n[:, None] * v_p[None, :]
+    exists_np = (n < N)[:, None] & (p < P)[None, :]
+    at_np = n[:, None] * P + p[None, :]
+    carries = position >= 0  # until the first empty bucket
+    for bucket in range(count):
+        full = (position >> bucket) & 1 == 1
+        in_ptr = buckets_ptr + (of_head * buckets + bucket) * N * P
+        state_np = decay * tl.load(in_ptr + at_np, mask=exists_np & full, other=0.0)
+        if SCALED:
+            level_scale = tl.load(scales_ptr + of_head * L + bucket + 1, mask=full, other=0.0).to(tl.float32)
+        o_p += level_scale * tl.sum(q_n[:, None] * state_np, 0)
+        after_np = tl.where(carries, tl.where(full, 0.0, carried_np), state_np)
+        tl.store(out_ptr + (of_head * count + bucket) * N * P + at_np, after_np, mask=exists_np)
+        carries = carries & full
+        carried_np += tl.where(carries, state_np, 0.0)
+    tl.store(o_ptr + of_head * P + p, o_p.to(o_ptr.dtype.element_ty), mask=p < P)

@@ -1,0 +1,135 @@
+"""The operations around the op in Triton, and how far each output and gradient is from PyTorch in float64.
+
+As a program it computes all cases on a CPU in Triton's interpreter and prints the errors as JSON; the variable that
+turns the interpreter on must be set before Triton is imported, so tests start it as a process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch.library import opcheck
+
+from loglinear.ops import neighbours
+from loglinear.ops.triton import convolution, cross_entropy, discretise, gated_norm, lambda_mlp, rms_norm
+from tests.ops.op_cases import relative_error
+from tests.ops.triton_cases import OPERATOR_CHECKS
+
+EPS = 1e-5
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: `form` takes tensors that want gradients, all of them fp32 to begin with."""
+
+    form: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    tensors: tuple[torch.Tensor, ...]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+def _convolution(tensors: tuple[torch.Tensor, ...], lengths: list[int], start: int = 0) -> Case:
+    positions_bt = torch.cat([torch.arange(length) for length in lengths])[None] + start
+
+    def form(x, weight, bias, past=None):
+        rows = positions_bt.to(x.device).expand(*x.shape[:2])
+        return neighbours.causal_conv_silu(x, weight, bias, rows, past, packed=True)
+
+    return Case(form, tensors)
+
+
+def _norm(o, v, z, skip, weight):
+    return neighbours.skip_gate_norm(o, v, z, skip, weight, EPS)
+
+
+def _loss(logits: torch.Tensor) -> Case:
+    labels = torch.randint(-1, logits.shape[1], logits.shape[:1])
+    labels[labels < 0] = IGNORED
+    labels[::3] = IGNORED
+    return Case(lambda x: neighbours.cross_entropy(x, labels.to(x.device)), (logits,))
+
+
+def _rms_norm(x, weight):
+    return neighbours.rms_norm(x, weight, EPS)
+
+
+def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
+    """Each with fresh random numbers; sizes that fill no block, and on a GPU those of a model."""
+    channels, size, levels, hidden = (70, 24, 14, 32) if not on_gpu else (1024, 64, 17, 64)
+    tokens = 300 if not on_gpu else 3001
+    lengths = [100, 2, 1, tokens - 103]
+    yield (
+        "convolution of documents",
+        _convolution((normal(1, tokens, channels), normal(4, channels), normal(channels)), lengths),
+    )
+    yield "convolution of rows", _convolution((normal(2, 50, channels), normal(3, channels), normal(channels)), [50])
+    yield (
+        "convolution behind a past",
+        _convolution(
+            (normal(2, 50, channels), normal(4, channels), normal(channels), normal(2, 3, channels)), [50], start=2
+        ),
+    )
+    yield "one tap", _convolution((normal(2, 50, channels), normal(1, channels), normal(channels)), [50])
+    heads = (normal(2, tokens, 3, size) for _ in range(3))
+    yield "skip, gate and norm", Case(_norm, (*heads, normal(3), normal(size)))
+    steps = (3 * normal(2, tokens, 3), normal(3), normal(3), normal(2, tokens, 3, size))
+    yield "decays and steps", Case(neighbours.discretise, steps)
+    mlp = (normal(hidden, levels) / 4, normal(hidden), normal(levels, hidden) / 4, normal(levels))
+    yield "lambda", Case(neighbours.adaptive_scales, (normal(2, tokens, 3, levels), *mlp))
+    few = (normal(16, 5) / 2, normal(16), normal(5, 16) / 4, normal(5))
+    yield "lambda of few levels", Case(neighbours.adaptive_scales, (normal(1, 40, 2, 5), *few))
+    yield "RMSNorm", Case(_rms_norm, (normal(2, tokens, channels), normal(channels)))
+    yield "cross-entropy", _loss(normal(tokens, 37 * channels))
+    if on_gpu:  # a library's
+        yield "silu product", Case(neighbours.silu_product, (normal(2, tokens, channels), normal(2, tokens, channels)))
+
+
+def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Relative error of outputs and gradients for inputs and random output gradients that `dtype` can hold."""
+    given = [x.to(dtype).to(device).requires_grad_() for x in case.tensors]
+    exact = [x.detach().double().cpu().requires_grad_() for x in given]
+    with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):
+        actual, wanted = (_outputs(case.form(*tensors)) for tensors in (given, exact))
+    weights = [torch.randn_like(x) for x in actual]
+    exact_weights = [weight.double().cpu() for weight in weights]
+    gradients = torch.autograd.grad(actual, given, weights)
+    exact_gradients = torch.autograd.grad(wanted, exact, exact_weights)
+    have, want = [*actual, *gradients], [*wanted, *exact_gradients]
+    return {str(n): relative_error(x.cpu(), y) for n, (x, y) in enumerate(zip(have, want, strict=True))}
+
+
+def _outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check_operators() -> None:
+    """Schema, fake implementation and autograd of each custom operator agree with what it does."""
+    x, weight, bias, positions = normal(1, 20, 8), normal(2, 8), normal(8), torch.arange(20)[None]
+    o, v, z = (normal(20, 2, 8) for _ in range(3))
+    layers = (normal(16, 5), normal(16), normal(5, 16), normal(5))
+    for operator, arguments in (
+        (convolution.causal_conv_silu, (x, weight, bias, positions)),
+        (gated_norm.skip_gate_norm, (o, v, z, normal(2), normal(8), EPS)),
+        (discretise.discretise, (normal(20, 2), normal(2), normal(2), v)),
+        (lambda_mlp.lambda_mlp, (normal(40, 5), *layers)),
+        (rms_norm.rms_norm, (normal(20, 9), normal(9), EPS)),
+        (cross_entropy.cross_entropy, (normal(20, 9), torch.arange(20) % 10 - 1)),
+    ):
+        wanting = [
+            a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
+        ]
+        opcheck(operator.definition, wanting, test_utils=OPERATOR_CHECKS)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    check_operators()
+    print(json.dumps({name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}))
