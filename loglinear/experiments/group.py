@@ -89,6 +89,7 @@ class Group:
                 if trainer.step < steps and must_stop():
                     self._save()
                     return False
+        self._save()  # the test may be cut short
         return True
 
     def forget(self) -> None:

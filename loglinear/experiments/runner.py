@@ -6,13 +6,12 @@ and never repeated; a group that is stopped leaves its state and goes on from th
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -23,7 +22,7 @@ from loglinear.experiments.measures import Record, score_sets
 from loglinear.experiments.protocol import FIRST_SWEEP_SEED, Experiment, Mode
 from loglinear.experiments.results import Result, append_results, check_protocol, read_results
 from loglinear.experiments.selection import best_rate
-from loglinear.experiments.tasks import TaskData, make_data
+from loglinear.experiments.tasks import RowSet, TaskData, make_data
 from loglinear.train.folder import git_revision
 from loglinear.train.signals import StopRequest
 
@@ -129,7 +128,7 @@ class _Runner:
         console.say(f"{plan.title}: {len(missing)} runs finished in {group.seconds:.0f} s")
         return True
 
-    def _tests(self, phase: Phase) -> Sequence[Any]:
+    def _tests(self, phase: Phase) -> Sequence[RowSet]:
         assert self._data is not None
         return self._data.test if phase == "final" else ()
 
@@ -163,18 +162,14 @@ class _Runner:
             "revision": git_revision(),
             "date": date.today().isoformat(),
             "protocol": self.experiment.fingerprint,
-            "command": reproducing_command(self.name, plan.mode, None if plan.phase == "sweep" else rate, [seed]),
+            "command": self._command(plan, rate, seed),
         }
 
-
-def reproducing_command(name: str, mode: str, rate: float | None, seeds: Sequence[int] | None) -> str:
-    """What runs a mode again: its sweep and all its seeds, or some seeds at a given rate.
-
-    Results go into another folder, so that what is finished does not stand in the way.
-    """
-    parts = ["loglinear", "experiment", name, "--modes", mode, "--out", "runs/again"]
-    if rate is not None:
-        parts += ["--rate", f"{rate:g}"]
-    if rate is not None and seeds is not None:
-        parts += ["--seeds", ",".join(map(str, seeds))]
-    return shlex.join(parts)
+    def _command(self, plan: GroupPlan, rate: float, seed: int) -> str:
+        """What makes a run again: alone, or with its mode's whole sweep; elsewhere, so that nothing is in the way."""
+        parts = ["loglinear", "experiment", self.name, "--modes", plan.mode, "--out", "runs/again"]
+        if self.settings.novels is not None:
+            parts += ["--novels", "FOLDER"]
+        if plan.phase == "final":
+            parts += ["--rate", f"{rate:g}", "--seeds", str(seed)]
+        return " ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,13 @@ def paired_bootstrap(differences: np.ndarray, resamples: int, confidence: float)
 
     Returns:
         The mean, its interval, and p: twice the smaller share of resampled means on one side of zero, those at zero
-        counted on both, with one more resample than there were on each side, so that p is never 0.
+        counted on both, with one more resample than there were on each side, so that p is never 0. Where a run's
+        loss was not finite there is no mean, and p is 1.
     """
     table = np.asarray(differences, np.float64)
     table = table[:, None] if table.ndim == 1 else table
+    if not np.isfinite(table).all():
+        return Difference(math.nan, math.nan, math.nan, 1.0)
     seeds, units = table.shape
     rng = np.random.default_rng(RANDOM)
     seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)

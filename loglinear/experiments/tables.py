@@ -22,10 +22,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+def spread(values: Sequence[float | None], scale: float = 1.0, digits: int = 1) -> str:
+    """Mean and standard deviation over seeds; nan if one of them, as None, is not finite."""
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return "nan"
+    mean = f"{scale * statistics.fmean(finite):.{digits}f}"
+    return mean if len(finite) < 2 else f"{mean} ± {scale * statistics.stdev(finite):.{digits}f}"
 
 
 def sweep_table(summary: Summary) -> str:
@@ -169,7 +172,8 @@ def _difference(summary: Summary, comparison: Comparison) -> tuple[str, str, str
 def _of_a_seed(summary: Summary, run: Result) -> str:
     mark = "*" if failure(run, summary.rules) else ""
     if summary.is_novels:
-        return f"{next(test['loss'] for test in run['test'] if test['kind'] == 'novels'):.3f}{mark}"
+        loss = next(test["loss"] for test in run["test"] if test["kind"] == "novels")
+        return f"{spread([loss], digits=3)}{mark}"
     accuracies = [record_of(run, "test", name)["accuracy"] for name in summary.sets("test")]
     return f"{100 * statistics.fmean(accuracies):.1f}{mark}"
 

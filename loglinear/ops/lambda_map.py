@@ -51,29 +51,24 @@ class LambdaMap(nn.Module):
         Raises:
             UserError: `length` needs more levels than were trained, and the policy is "error".
         """
-        missing = self.missing(length)
         logits_bthl = at_least_fp32(self.logits(x_btd))
-        if missing and self.beyond == "clamp":
-            return self.activate(_repeat_last(logits_bthl, missing), positions_bt)
-        return self.extend(self.activate(logits_bthl, positions_bt), missing)
+        if self.beyond == "clamp":
+            return self.activate(self.beyond_trained(logits_bthl, length), positions_bt)
+        return self.beyond_trained(self.activate(logits_bthl, positions_bt), length)
 
-    def missing(self, length: int) -> int:
-        """How many levels `length` tokens need beyond the trained ones; errors as in `forward`."""
-        missing = max(0, num_levels(length) - self.levels)
-        if missing and self.beyond == "error":
+    def beyond_trained(self, x_bthl: torch.Tensor, length: int) -> torch.Tensor:
+        """Logits or scales [B, T, H, L] with the levels that `length` tokens need; errors as in `forward`."""
+        missing = num_levels(length) - self.levels
+        if missing <= 0:
+            return x_bthl
+        if self.beyond == "error":
             raise UserError(
                 f"a sequence of {length} tokens needs {num_levels(length)} levels, but {self.levels} were"
                 " trained: give a shorter one, or set model.log_linear.beyond_trained_levels=clamp"
             )
-        return missing
-
-    def extend(self, scales_bthl: torch.Tensor, missing: int) -> torch.Tensor:
-        """Lambda [B, T, H, L] with `missing` more levels."""
-        if missing == 0:
-            return scales_bthl
         if self.beyond == "one":
-            return F.pad(scales_bthl, (0, missing), value=1.0)
-        return _repeat_last(scales_bthl, missing)
+            return F.pad(x_bthl, (0, missing), value=1.0)
+        return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], missing)], -1)
 
     def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
         """What the activation is applied to: broadcastable to [B, T, H, L]."""
@@ -189,8 +184,7 @@ class MLPLambdaMap(_ThroughMLP):
     """softplus(W2 gelu(W1 dl + b1) + b2) on each head's L logits, the adaptive form; starts at 1."""
 
     def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
-        missing = self.missing(length)
-        return self.extend(self.mlp(self.project(x_btd), softplus=True), missing)  # clamped logits give clamped scales
+        return self.beyond_trained(self.mlp(self.project(x_btd), softplus=True), length)
 
 
 class SoftmaxLambdaMap(_ThroughMLP):
@@ -253,7 +247,3 @@ def make_lambda_map(name: LevelScaleName, *, dim: int, heads: int, levels: int, 
             return SoftmaxLambdaMap(**projected, hidden=hidden)
         case "mlp_masked_softmax":
             return MaskedSoftmaxLambdaMap(**projected, hidden=hidden)
-
-
-def _repeat_last(x_bthl: torch.Tensor, times: int) -> torch.Tensor:
-    return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], times)], -1)

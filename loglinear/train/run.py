@@ -149,6 +149,7 @@ class _Run:
 
     def _roll_back(self, step: int, reason: str) -> int:
         """Go back to the last checkpoint, and on from there with data that come after all that was read; its step."""
+        self.watchdog.beat(f"going back from step {step}")
         snapshot = self.store.latest()
         self.rollbacks.count(None if snapshot is None else snapshot.folder, step, reason)
         assert snapshot is not None

@@ -56,7 +56,7 @@ def test_gradient_norms_are_those_of_the_groups() -> None:
     ("name", "group"),
     [
         ("embedding.weight", "embedding"),
-        ("blocks.0.mixer.lambda_map.mlp.0.weight", "level scales"),
+        ("blocks.0.mixer.lambda_map.mlp.weight1", "level scales"),
         ("blocks.0.mixer.lambda_map.level_proj.weight", "level scales"),
         ("blocks.1.mixer.dt_proj.weight", "decay"),
         ("blocks.1.mixer.A_log", "decay"),

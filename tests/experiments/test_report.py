@@ -161,6 +161,11 @@ def test_failures_are_told_apart() -> None:
         assert failure({"curve": curve}, RULES) == wanted
 
 
+def test_a_loss_that_is_not_finite_is_shown_as_such() -> None:
+    assert tables.spread([1.0, None]) == "nan"
+    assert tables.spread([1.0, 3.0]) == "2.0 ± 1.4"
+
+
 def test_level_scales_are_summed_up_by_halves_of_the_levels(summary: Summary) -> None:
     """Levels 0 and 1 have means 1 and 2, levels 2 and 3 have 3 and 4."""
     first, second = rows(tables.levels_table(summary))[2:]

@@ -13,6 +13,7 @@ import torch
 
 from loglinear.errors import UserError
 from loglinear.experiments import runner
+from loglinear.experiments.ensemble import Trainer
 from loglinear.experiments.group import Group
 from loglinear.experiments.measures import GROUPS, LEVEL_COLUMNS
 from loglinear.experiments.protocol import Experiment, load_protocol
@@ -127,6 +128,25 @@ def test_a_stopped_experiment_goes_on_as_if_nothing_had_happened(
     assert kept == [1, 1, 0, 1, 1], "at steps 3, 6 and 9 of the sweep, 3 and 6 of the seeds"
     assert without_times(results(tmp_path / "parts", "mqar")) == without_times(results(tmp_path / "whole", "mqar"))
     assert list((tmp_path / "parts" / "state").iterdir()) == []
+
+
+def test_a_test_that_is_cut_short_is_made_up_for_without_training_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = small_experiment("mqar", seeds=2)
+    assert run_experiment("mqar", experiment, settings(tmp_path / "whole", rate=1e-3))
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "score_sets", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment("mqar", experiment, settings(tmp_path / "cut", rate=1e-3))
+    assert results(tmp_path / "cut", "mqar") == []
+    monkeypatch.setattr(Trainer, "train_step", None)
+    assert run_experiment("mqar", experiment, settings(tmp_path / "cut", rate=1e-3))
+    assert without_times(results(tmp_path / "cut", "mqar")) == without_times(results(tmp_path / "whole", "mqar"))
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,13 @@ def test_p_is_never_zero_and_one_sign_gives_the_least() -> None:
     assert (found.low, found.high) == pytest.approx((0.3, 0.3))
 
 
+def test_what_is_not_finite_is_no_evidence() -> None:
+    found = paired_bootstrap(np.array([0.3, np.nan, 0.3]), 999, 0.95)
+    assert math.isnan(found.mean)
+    assert found.p == 1
+    assert not is_difference(found, found.p, 0.05, 0.02)
+
+
 def test_normal_differences_give_the_normal_interval() -> None:
     """Of 400 draws: mean +- 1.96 standard errors, and the two-sided p of the normal distribution."""
     draws = np.random.default_rng(1).normal(0.08, 1.0, 400)
