@@ -33,7 +33,9 @@ class Documents:
     @staticmethod
     def rows(batch: int, time: int, start: int | torch.Tensor, device: torch.device) -> Documents:
         """Every row is one document, of which `start` tokens came before: one number, or int64 [B] on the CPU."""
-        start_b1 = torch.as_tensor(start).expand(batch)[:, None]
+        if isinstance(start, int):  # made there, because a CUDA graph cannot copy from the CPU
+            return Documents(torch.arange(start, start + time, device=device).expand(batch, time), start + time)
+        start_b1 = start[:, None]
         positions_bt = (start_b1 + torch.arange(time)).to(device, non_blocking=True)
         return Documents(positions_bt, int(start_b1.max()) + time)
 
