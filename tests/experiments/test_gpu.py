@@ -38,10 +38,10 @@ def train(mode: Mode, device: torch.device, graphs: bool, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("mode", MODES)
 def test_captured_steps_are_the_steps_themselves(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same kernels in the same order: what a graph replays equals what is launched, and is what a CPU computes."""
+    """What a graph replays equals what is launched, but for torch's sums by atomics, and what a CPU computes."""
     gpu = torch.device("cuda")
     captured, launched = (train(mode, gpu, graphs, monkeypatch) for graphs in (True, False))
-    torch.testing.assert_close(captured.ensemble.weights_rw, launched.ensemble.weights_rw, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(captured.ensemble.weights_rw, launched.ensemble.weights_rw, rtol=1e-3, atol=2e-4)
     assert captured.loss_r.tolist() == pytest.approx(launched.loss_r.tolist(), rel=1e-4)
     on_cpu = train(mode, torch.device("cpu"), False, monkeypatch)
     assert captured.loss_r.tolist() == pytest.approx(on_cpu.loss_r.tolist(), rel=2e-2)
