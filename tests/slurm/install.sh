@@ -16,7 +16,7 @@ elif ! command -v apt-get >/dev/null; then
     echo "The tests with SLURM are skipped: they need slurmctld, slurmd, munged and sbatch, and there is no apt-get."
 else
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update --quiet=2
-    apt-get install --yes --quiet=2 --no-install-recommends \
-        munge slurm-client slurm-wlm-basic-plugins slurmctld slurmd >/dev/null
+    apt-get update --quiet=2 && apt-get install --yes --quiet=2 --no-install-recommends \
+        munge slurm-client slurm-wlm-basic-plugins slurmctld slurmd >/dev/null ||
+        echo "The tests with SLURM are skipped: apt-get could not install it, as it says above."
 fi
