@@ -117,7 +117,7 @@ def assert_close(folder: Path, reference: Path) -> None:
     torch.testing.assert_close(losses(folder), losses(reference), rtol=0, atol=1e-5)
     expected = saved_tensors(reference)
     for name, tensor in saved_tensors(folder).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=f"{name} differs")
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=3e-4, msg=f"{name} differs")
 
 
 def test_a_mixture_with_a_curriculum_goes_on_with_the_same_curve(
