@@ -5,6 +5,9 @@ million tokens would take a softmax model hours. A log-linear state just before 
 all its buckets but the smallest occupied, which is the dearest case. The baseline's cache is allocated beforehand and
 written in place, so that no step copies it, and on a GPU it may take the fastest of torch's attention kernels.
 
+On a GPU steps are CUDA graphs: of log-linear models those of `Decoder`; of others one that repeats the step behind the
+whole context, which is what a cache of fixed size could reach at best.
+
 Shapes: b batch, t time, s key, h head, k bucket, n state (key) size, p value head size.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from loglinear.config import Config
 from loglinear.errors import UserError
 from loglinear.model import DecodeState, LanguageModel, build_model
 from loglinear.model.attention import KeyValueCache, SoftmaxMixer
+from loglinear.model.decoder import Decoder
 from loglinear.model.mixer import LogLinearMixer, MixerState
 from loglinear.ops import LogLinearState
 
@@ -35,6 +39,9 @@ COMMAND = "loglinear bench decode"
 WARM_UP, STEPS, TRIES = 4, 8, 3
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 SHARE = 0.8  # of the free memory of a GPU that a state may take
+
+
+Step = Callable[[torch.Tensor], object]  # reads tokens [B, 1]
 
 
 @dataclass(frozen=True)
@@ -151,38 +158,48 @@ def _point(config: Config, model: LanguageModel, batch: int, context: int, devic
     if device.type == "cuda" and size > SHARE * torch.cuda.mem_get_info(device)[0]:
         return DecodePoint(name, batch, context, None, size, None)
     state = random_state(model, batch, context - steps, steps)
-    times = dict(_times(model, state, batch, device))
+    times = dict(_times(model, state, device))
     fastest = min(times, key=lambda attention: times[attention])
     return DecodePoint(name, batch, context, times[fastest], size, fastest)
 
 
-def _times(
-    model: LanguageModel, state: DecodeState, batch: int, device: torch.device
-) -> Iterator[tuple[str | None, float]]:
+def _times(model: LanguageModel, state: DecodeState, device: torch.device) -> Iterator[tuple[str | None, float]]:
     """Milliseconds of a step by attention kernel; those that do not take the shapes are left out."""
     has_softmax = any(isinstance(layer, KeyValueCache) for layer in state.layers)
     if device.type != "cuda" or not has_softmax:
-        yield None, _milliseconds(model, state, batch, device)
+        yield None, _milliseconds(Decoder(model, state).step, state, device)
         return
     for backend in BACKENDS:
         with sdpa_kernel(backend):
             try:
-                yield backend.name, _milliseconds(model, state, batch, device)
+                yield backend.name, _milliseconds(_repeated(model, state), state, device)
             except RuntimeError:
                 continue
 
 
-@torch.inference_mode()
-def _milliseconds(model: LanguageModel, state: DecodeState, batch: int, device: torch.device) -> float:
+@torch.no_grad()
+def _repeated(model: LanguageModel, state: DecodeState) -> Step:
+    """A graph of the step that reads the last token before `state`'s room is full, over and over."""
+    device = model.embedding.weight.device
+    tokens_b1 = torch.zeros(len(state.positions), 1, dtype=torch.int64, device=device)
+    for _ in range(WARM_UP + STEPS * TRIES - 1):
+        _, state = model.decode(tokens_b1, state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model.decode(tokens_b1, state)
+    return lambda tokens_b1: graph.replay()
+
+
+def _milliseconds(step: Step, state: DecodeState, device: torch.device) -> float:
     """The median over tries of the mean over steps, the last of which reads the context's last token."""
-    tokens_bt = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    tokens_b1 = torch.zeros(len(state.positions), 1, dtype=torch.int64, device=device)
     times = []
     for run in range(TRIES + 1):
         _wait(device)
         start = time.perf_counter()
         count = STEPS if run else WARM_UP
         for _ in range(count):
-            _, state = model.decode(tokens_bt, state)
+            step(tokens_b1)
         _wait(device)
         times.append(1e3 * (time.perf_counter() - start) / count)
     return statistics.median(times[1:])
@@ -215,7 +232,7 @@ def _markdown(points: list[DecodePoint], device: torch.device) -> str:
     about = _machine(device)
     return (
         f"{about['device']} ({about['processor']}), {about['date']}, torch {about['torch']}, {about['dtype']}; "
-        f"`{COMMAND}`. Milliseconds of a decoding step of the whole batch, launches included, and bytes kept between "
+        f"`{COMMAND}`. Milliseconds of a decoding step of the whole batch, and bytes kept between "
         f"steps, all layers. Times: how many times faster and smaller than {names[-1]}.\n\n{table}\n"
     )
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
-from loglinear.ops.neighbours import causal_conv_silu, rms_norm, silu_product, skip_gate_norm
+from loglinear.ops.neighbours import causal_conv_silu, conv_silu_step, rms_norm, silu_product, skip_gate_norm
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Documents:
     @staticmethod
     def rows(batch: int, time: int, start: int | torch.Tensor, device: torch.device) -> Documents:
         """Every row is one document, of which `start` tokens came before: one number, or int64 [B] on the CPU."""
+        if isinstance(start, torch.Tensor) and bool((start == start[0]).all()):
+            start = int(start[0])
         if isinstance(start, int):  # made there, because a CUDA graph cannot copy from the CPU
             return Documents(torch.arange(start, start + time, device=device).expand(batch, time), start + time)
         start_b1 = start[:, None]
@@ -80,6 +82,10 @@ class ShortConv(nn.Module):
         """Shapes [B, T, C] in and out; `past_bwc` [B, width - 1, C] are the inputs before the first token."""
         packed = documents.cu_seqlens is not None
         return causal_conv_silu(x_btc, self.weight, self.bias, documents.positions_bt, past_bwc, packed=packed)
+
+    def step(self, x_b1c: torch.Tensor, past_bwc: torch.Tensor) -> torch.Tensor:
+        """One token [B, 1, C] on a GPU behind the last width - 1, which are overwritten with the next token's."""
+        return conv_silu_step(x_b1c[:, 0], self.weight, self.bias, past_bwc)[:, None]
 
 
 class GatedRMSNorm(nn.Module):

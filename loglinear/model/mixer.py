@@ -14,7 +14,14 @@ from torch import nn
 
 from loglinear.config import ModelConfig
 from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv
-from loglinear.ops import LogLinearState, log_linear_attention, num_levels, recurrent_step
+from loglinear.ops import (
+    LogLinearState,
+    StateInPlace,
+    log_linear_attention,
+    num_levels,
+    recurrent_step,
+    recurrent_step_in_place,
+)
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
 from loglinear.ops.neighbours import discretise
@@ -28,11 +35,11 @@ class MixerState:
     """What the mixer remembers between calls.
 
     Attributes:
-        memory: the buckets, O(log T) matrices per head.
+        memory: the buckets, O(log T) matrices per head. In place, a call of one token overwrites this state.
         recent: inputs of the three convolutions at the last width - 1 tokens, [documents, width - 1, channels] each.
     """
 
-    memory: LogLinearState
+    memory: LogLinearState | StateInPlace
     recent: tuple[torch.Tensor, ...]
 
 
@@ -41,20 +48,23 @@ class LogLinearCore(nn.Module):
 
     def forward(
         self,
-        memory: LogLinearState | None,
+        memory: LogLinearState | StateInPlace | None,
         q_btgn: torch.Tensor,
         k_btgn: torch.Tensor,
         v_bthp: torch.Tensor,
         g_bth: torch.Tensor,
         scales_bthl: torch.Tensor | None,
         documents: Documents,
-    ) -> tuple[torch.Tensor, LogLinearState | None]:
+    ) -> tuple[torch.Tensor, LogLinearState | StateInPlace | None]:
         """Outputs [B, T, H, P], and the memory after the last token if one was given."""
         if memory is not None and v_bthp.shape[1] == 1 and documents.cu_seqlens is None:
             q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
             scales = None if scales_bthl is None else scales_bthl[:, 0]
+            if isinstance(memory, StateInPlace):
+                return recurrent_step_in_place(memory, q, k, v, g, scales)[:, None], memory
             o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
             return o_bhp[:, None], memory
+        assert not isinstance(memory, StateInPlace)
         return log_linear_attention(
             q_btgn,
             k_btgn,
@@ -124,9 +134,12 @@ class LogLinearMixer(nn.Module):
             [B, T, D], and the state after the last token if a state was given.
         """
         inputs = (self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd))
-        past = (None, None, None) if state is None else state.recent
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
+        if state is not None and isinstance(state.memory, StateInPlace):
+            q, k, v = (conv.step(x, past) for conv, x, past in zip(convs, inputs, state.recent, strict=True))
+        else:
+            past = (None, None, None) if state is None else state.recent
+            q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp = v.unflatten(2, (-1, self.head_dim))
         g_bth, weighted_bthp = discretise(self.dt_proj(x_btd), self.dt_bias, self.A_log, v_bthp)
@@ -139,6 +152,8 @@ class LogLinearMixer(nn.Module):
         y_btd = self.out_proj(y_bthp.flatten(2))
         if state is None or memory is None:
             return y_btd, None
+        if isinstance(memory, StateInPlace):
+            return y_btd, state
         return y_btd, MixerState(memory, _recent(state.recent, inputs, documents))
 
     def initial_state(self, batch: int) -> MixerState:

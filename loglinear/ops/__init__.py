@@ -8,11 +8,12 @@ from loglinear.ops.attention import log_linear_attention
 from loglinear.ops.chunk import chunk_log_linear_attention, final_state
 from loglinear.ops.fenwick import num_levels
 from loglinear.ops.naive import naive_log_linear_attention
-from loglinear.ops.recurrent import recurrent_log_linear_attention, recurrent_step
-from loglinear.ops.state import LogLinearState
+from loglinear.ops.recurrent import recurrent_log_linear_attention, recurrent_step, recurrent_step_in_place
+from loglinear.ops.state import LogLinearState, StateInPlace
 
 __all__ = [
     "LogLinearState",
+    "StateInPlace",
     "chunk_log_linear_attention",
     "final_state",
     "log_linear_attention",
@@ -20,4 +21,5 @@ __all__ = [
     "num_levels",
     "recurrent_log_linear_attention",
     "recurrent_step",
+    "recurrent_step_in_place",
 ]

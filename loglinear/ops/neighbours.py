@@ -53,6 +53,15 @@ def causal_conv_silu(
     return F.silu(y_btc)
 
 
+def conv_silu_step(
+    x_bc: torch.Tensor, weight_wc: torch.Tensor, bias_c: torch.Tensor, past_bwc: torch.Tensor
+) -> torch.Tensor:
+    """`causal_conv_silu` of one token [B, C] on a GPU; `past_bwc` [B, W - 1, C] is overwritten with what follows it."""
+    from loglinear.ops.triton.convolution import conv_silu_step as kernel
+
+    return kernel(x_bc.contiguous(), weight_wc, bias_c, past_bwc)
+
+
 def discretise(
     raw_bth: torch.Tensor, bias_h: torch.Tensor, a_log_h: torch.Tensor, v_bthp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from loglinear.errors import UserError
 from loglinear.ops.checks import check_inputs, compute_dtype
-from loglinear.ops.state import LogLinearState
+from loglinear.ops.state import LogLinearState, StateInPlace
 
 
 def recurrent_step(
@@ -59,6 +59,30 @@ def recurrent_step(
     own_bhp = torch.einsum("bhn,bhnp->bhp", q_bhn * scale, new_bhnp)
     o_bhp = _weigh(own_bhp, read_bhkp, level_scales, state.positions)
     return o_bhp.to(v.dtype), _carry(decayed_bhknp, new_bhnp, state.positions)
+
+
+def recurrent_step_in_place(
+    state: StateInPlace,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    level_scales: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """`recurrent_step` by the kernel, for a CUDA graph: it overwrites the buckets and waits for nothing.
+
+    Arguments are those of `recurrent_step`; `level_scales` has a level more than the state has buckets, at least.
+
+    Returns:
+        o [B, H, P] in v's dtype.
+    """
+    from loglinear.ops.triton.step import step_in_place
+
+    q, k, v, g = (x.contiguous() for x in (q, k, v, g.float()))
+    level_scales = None if level_scales is None else level_scales.contiguous()
+    return step_in_place(state.buckets, state.positions, q, k, v, g, level_scales, scale)
 
 
 def _has_kernel(state: LogLinearState, *tensors: torch.Tensor | None) -> bool:

@@ -59,3 +59,16 @@ class LogLinearState:
         return LogLinearState(
             torch.cat([state.buckets for state in padded]), torch.cat([state.positions for state in padded])
         )
+
+
+@dataclass(frozen=True)
+class StateInPlace:
+    """What decoding steps overwrite instead of making anew, so that a CUDA graph can hold one.
+
+    Attributes:
+        buckets: as those of `LogLinearState`, with room for every token to come: nobody checks that.
+        positions: int64 [S] on the same device; whoever calls counts on.
+    """
+
+    buckets: torch.Tensor
+    positions: torch.Tensor

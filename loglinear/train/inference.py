@@ -79,7 +79,8 @@ def generate_text(root: Path, prompt: str, tokens: int, temperature: float, seed
     tokenizer = load_tokenizer(folder.tokenizer, config.model.vocab_size, config.data.tokenizer.bos)
     known = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     shown = 0
-    for token in generate(model, known, tokens, temperature=temperature, seed=seed, device=device):
+    options = {"temperature": temperature, "seed": seed, "device": device}
+    for token in generate(model, known, tokens, **options, graphs=True):
         known.append(token)
         text = tokenizer.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # the rest of a character may follow
         print(text[shown:], end="", flush=True)

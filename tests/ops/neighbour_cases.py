@@ -105,6 +105,20 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     return {str(n): relative_error(x.cpu(), y) for n, (x, y) in enumerate(zip(have, want, strict=True))}
 
 
+def token_by_token(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Relative error of the convolution of one token after the other, for 1, 2 and 4 taps."""
+    found = {}
+    for taps in (1, 2, 4):
+        given = [x.to(dtype) for x in (normal(3, 6, 150), normal(taps, 150), normal(150))]
+        x_btc, weight, bias = (x.double() for x in given)
+        wanted = neighbours.causal_conv_silu(x_btc, weight, bias, torch.arange(6).expand(3, 6), packed=False)
+        x_btc, weight, bias = (x.to(device) for x in given)
+        past = x_btc.new_zeros(3, taps - 1, 150)
+        steps = [neighbours.conv_silu_step(x_bc, weight, bias, past) for x_bc in x_btc.unbind(1)]
+        found[str(taps)] = relative_error(torch.stack(steps, 1).cpu(), wanted)
+    return found
+
+
 def _outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -132,4 +146,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     check_operators()
-    print(json.dumps({name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}))
+    measured = {name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}
+    print(json.dumps(measured | {"convolution, token by token": token_by_token(torch.float32, "cpu")}))

@@ -13,7 +13,14 @@ from dataclasses import replace
 import torch
 from torch.library import opcheck
 
-from loglinear.ops import LogLinearState, naive_log_linear_attention, recurrent, recurrent_step
+from loglinear.ops import (
+    LogLinearState,
+    StateInPlace,
+    naive_log_linear_attention,
+    recurrent,
+    recurrent_step,
+    recurrent_step_in_place,
+)
 from loglinear.ops.triton import op, tables, triton_log_linear_attention
 from tests.ops.op_cases import (
     Inputs,
@@ -94,14 +101,23 @@ def step_errors(device: str, sizes: Sizes) -> dict[str, float]:
     """Relative errors of three decoding steps of sequences at different positions, one of which fills a new bucket."""
     exact = random_state(1, (0, 5, 7, 62), sizes)
     state = LogLinearState(exact.buckets.float().to(device), exact.positions)
+    roomy = state.with_buckets(state.buckets.shape[2] + 1).buckets.contiguous()
+    in_place = StateInPlace(roomy, exact.positions.to(device, copy=True))
     measured = {}
     for number in range(3):
         now = random_inputs(number, 4, 1, sizes)
         tensors = [x if x is None else x[:, 0] for x in (now.q, now.k, now.v, now.g, now.level_scales)]
         wanted, exact = recurrent_step(exact, *tensors, scale=0.5)
-        o, state = recurrent.step_in_triton(state, *(x if x is None else x.float().to(device) for x in tensors), 0.5)
+        given = [x if x is None else x.float().to(device) for x in tensors]
+        o, state = recurrent.step_in_triton(state, *given, 0.5)
+        o_in_place = recurrent_step_in_place(in_place, *given, scale=0.5)
+        in_place.positions.add_(1)
         measured[f"o {number}"] = relative_error(o.cpu(), wanted)
         measured[f"state {number}"] = relative_error(state.buckets.cpu(), exact.buckets)
+        measured[f"o in place {number}"] = relative_error(o_in_place.cpu(), wanted)
+        measured[f"state in place {number}"] = relative_error(
+            in_place.buckets.cpu(), exact.with_buckets(in_place.buckets.shape[2]).buckets
+        )
         assert state.positions.tolist() == exact.positions.tolist()
     return measured
 

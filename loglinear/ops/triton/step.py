@@ -43,17 +43,9 @@ def step(
 
     Source: arXiv 2506.04761.
     """
-    sequences, heads, buckets, size, values = buckets_shknp.shape
-    o_shp = torch.empty_like(v_shp)
+    sequences, heads, _, size, values = buckets_shknp.shape
     out_shknp = buckets_shknp.new_empty(sequences, heads, count, size, values)
-    block_p = min(MOST_VALUES, triton.next_power_of_2(values))
-    _step[(sequences * heads, triton.cdiv(values, block_p))](
-        buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, o_shp, out_shknp, scale, buckets, count,
-        0 if scales_shl is None else scales_shl.shape[2],
-        H=heads, R=heads // q_sgn.shape[1], N=size, BLOCK_N=triton.next_power_of_2(size), P=values, BLOCK_P=block_p,
-        SCALED=scales_shl is not None, num_warps=4,
-    )  # fmt: skip
-    return o_shp, out_shknp
+    return _launch(buckets_shknp, out_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale), out_shknp
 
 
 @step.register_fake
@@ -62,13 +54,53 @@ def _(buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale, 
     return torch.empty_like(v_shp), buckets_shknp.new_empty(sequences, heads, count, size, values)
 
 
+def step_in_place(
+    buckets_shknp: torch.Tensor,
+    positions_s: torch.Tensor,
+    q_sgn: torch.Tensor,
+    k_sgn: torch.Tensor,
+    v_shp: torch.Tensor,
+    g_sh: torch.Tensor,
+    scales_shl: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Outputs [S, H, P] in v's dtype; arguments as `step`'s. Overwrites the buckets, which must have room."""
+    return _launch(buckets_shknp, buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale)
+
+
+def _launch(
+    buckets_shknp: torch.Tensor,
+    out_shknp: torch.Tensor,
+    positions_s: torch.Tensor,
+    q_sgn: torch.Tensor,
+    k_sgn: torch.Tensor,
+    v_shp: torch.Tensor,
+    g_sh: torch.Tensor,
+    scales_shl: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    sequences, heads, buckets, size, values = buckets_shknp.shape
+    o_shp = torch.empty_like(v_shp)
+    block_p = min(MOST_VALUES, triton.next_power_of_2(values))
+    _step[(sequences * heads, triton.cdiv(values, block_p))](
+        buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, o_shp, out_shknp, scale, buckets,
+        out_shknp.shape[2], 0 if scales_shl is None else scales_shl.shape[2],
+        H=heads, R=heads // q_sgn.shape[1], N=size, BLOCK_N=triton.next_power_of_2(size), P=values, BLOCK_P=block_p,
+        SCALED=scales_shl is not None, IN_PLACE=out_shknp is buckets_shknp, num_warps=4,
+    )  # fmt: skip
+    return o_shp
+
+
 @triton.jit(do_not_specialize=["buckets", "count", "L"])
 def _step(
     buckets_ptr, positions_ptr, q_ptr, k_ptr, v_ptr, g_ptr, scales_ptr, o_ptr, out_ptr, scale, buckets, count, L,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
-    SCALED: tl.constexpr,
+    SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """The token's own matrix takes up the full buckets below the first empty one, as a counter carries."""
+    """The token's own matrix takes up the full buckets below the first empty one, as a counter carries.
+
+    In place, buckets that are empty before and after are left alone.
+    """
     of_head = tl.program_id(0).to(tl.int64)
     sequence, head = of_head // H, of_head % H
     n, p = tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -94,7 +126,8 @@ def _step(
             level_scale = tl.load(scales_ptr + of_head * L + bucket + 1, mask=full, other=0.0).to(tl.float32)
         o_p += level_scale * tl.sum(q_n[:, None] * state_np, 0)
         after_np = tl.where(carries, tl.where(full, 0.0, carried_np), state_np)
-        tl.store(out_ptr + (of_head * count + bucket) * N * P + at_np, after_np, mask=exists_np)
+        changes_np = exists_np & (full | carries) if IN_PLACE else exists_np
+        tl.store(out_ptr + (of_head * count + bucket) * N * P + at_np, after_np, mask=changes_np)
         carries = carries & full
         carried_np += tl.where(carries, state_np, 0.0)
     tl.store(o_ptr + of_head * P + p, o_p.to(o_ptr.dtype.element_ty), mask=p < P)
