@@ -37,7 +37,7 @@ from loglinear.ops import LogLinearState
 
 COMMAND = "loglinear bench decode"
 WARM_UP, STEPS, TRIES = 4, 8, 3
-BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)  # those that split a long cache
 SHARE = 0.8  # of the free memory of a GPU that a state may take
 
 
@@ -105,17 +105,23 @@ def bench_decode(
         pairs = [(batch, context) for batch in batches for context in contexts]
         for batch, context in track(pairs, f"timing {config.run.name}", console=console, transient=True):
             points.append(_point(config, model, batch, context, place))
+            _keep(out, points, place)
         del model
     text = _markdown(points, place)
     console.print(text, highlight=False, soft_wrap=True)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        record = {"machine": _machine(place), "points": [asdict(point) for point in points]}
-        (out / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
         (out / "decode.md").write_text(text)
         _plot(out / "decode.png", points)
         console.print(f"written: {out / 'decode.json'}, decode.md and decode.png", highlight=False)
     return points
+
+
+def _keep(out: Path | None, points: list[DecodePoint], device: torch.device) -> None:
+    """What was measured so far, since the rest may take long."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        record = {"machine": _machine(device), "points": [asdict(point) for point in points]}
+        (out / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def random_state(model: LanguageModel, batch: int, position: int, spare: int) -> DecodeState:
@@ -150,49 +156,55 @@ def state_bytes(state: Any) -> int:
 
 
 def _point(config: Config, model: LanguageModel, batch: int, context: int, device: torch.device) -> DecodePoint:
-    steps = WARM_UP + STEPS * TRIES
     with torch.device("meta"):
         twin = LanguageModel(config.model).to(_dtype(device))
     size = state_bytes(random_state(twin, batch, context, 0))
     name = config.run.name
     if device.type == "cuda" and size > SHARE * torch.cuda.mem_get_info(device)[0]:
         return DecodePoint(name, batch, context, None, size, None)
-    state = random_state(model, batch, context - steps, steps)
-    times = dict(_times(model, state, device))
+    times = dict(_times(model, batch, context, device))
     fastest = min(times, key=lambda attention: times[attention])
     return DecodePoint(name, batch, context, times[fastest], size, fastest)
 
 
-def _times(model: LanguageModel, state: DecodeState, device: torch.device) -> Iterator[tuple[str | None, float]]:
+def _times(model: LanguageModel, batch: int, context: int, device: torch.device) -> Iterator[tuple[str | None, float]]:
     """Milliseconds of a step by attention kernel; those that do not take the shapes are left out."""
-    has_softmax = any(isinstance(layer, KeyValueCache) for layer in state.layers)
-    if device.type != "cuda" or not has_softmax:
-        yield None, _milliseconds(Decoder(model, state).step, state, device)
+    is_log_linear = all(isinstance(block.mixer, LogLinearMixer) for block in model.blocks)
+    if device.type != "cuda" or is_log_linear:
+        steps = WARM_UP + STEPS * TRIES
+        yield (
+            None,
+            _milliseconds(Decoder(model, random_state(model, batch, context - steps, steps)).step, batch, device),
+        )
         return
+    state = random_state(model, batch, context - 1, 1)
     for backend in BACKENDS:
         with sdpa_kernel(backend):
             try:
-                yield backend.name, _milliseconds(_repeated(model, state), state, device)
+                yield backend.name, _milliseconds(_repeated(model, state), batch, device)
             except RuntimeError:
                 continue
 
 
 @torch.no_grad()
 def _repeated(model: LanguageModel, state: DecodeState) -> Step:
-    """A graph of the step that reads the last token before `state`'s room is full, over and over."""
+    """A graph of the step behind `state`, which only ever writes the same place of its caches."""
     device = model.embedding.weight.device
     tokens_b1 = torch.zeros(len(state.positions), 1, dtype=torch.int64, device=device)
-    for _ in range(WARM_UP + STEPS * TRIES - 1):
-        _, state = model.decode(tokens_b1, state)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        model.decode(tokens_b1, state)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         model.decode(tokens_b1, state)
     return lambda tokens_b1: graph.replay()
 
 
-def _milliseconds(step: Step, state: DecodeState, device: torch.device) -> float:
+def _milliseconds(step: Step, batch: int, device: torch.device) -> float:
     """The median over tries of the mean over steps, the last of which reads the context's last token."""
-    tokens_b1 = torch.zeros(len(state.positions), 1, dtype=torch.int64, device=device)
+    tokens_b1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     times = []
     for run in range(TRIES + 1):
         _wait(device)

@@ -97,16 +97,22 @@ def bench_model(
         own = [length for length in lengths if length <= contender.longest]
         for length in track(own, f"timing {contender.name}", console=console, transient=True):
             points.append(_point(contender, length, max(1, tokens // length), place, peak))
+            _keep(out, points, place, peak)
     text = _markdown(points, place)
     console.print(text, highlight=False, soft_wrap=True)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        record = {"machine": _machine(place), "peak_flops": peak, "points": [asdict(point) for point in points]}
-        (out / "model.json").write_text(json.dumps(record, indent=1) + "\n")
         (out / "model.md").write_text(text)
         _plot(out / "model.png", points)
         console.print(f"written: {out / 'model.json'}, model.md and model.png", highlight=False)
     return points
+
+
+def _keep(out: Path | None, points: list[ModelPoint], device: torch.device, peak: float) -> None:
+    """What was measured so far, since the rest may take long."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        record = {"machine": _machine(device), "peak_flops": peak, "points": [asdict(point) for point in points]}
+        (out / "model.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _contenders(configs: list[Config], device: torch.device) -> Iterator[_Contender]:
