@@ -16,7 +16,7 @@ quickstart: $(VENV)/run.stamp  ## Train a small model on the Python standard lib
 	$(BIN)/loglinear train configs/quickstart.yaml
 
 test: $(VENV)/test.stamp  ## Run all tests but SLURM's; those that need a GPU are skipped without one, and say so.
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest -m "not slurm" -n 2 --dist loadfile
 
 test-gpu: $(VENV)/test.stamp  ## Run the tests that need a CUDA GPU.
 	$(BIN)/python -m pytest -m gpu

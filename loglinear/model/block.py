@@ -31,7 +31,8 @@ class Block(nn.Module):
         x_btd = x_btd + mixed_btd
         if self.mlp is None or self.mlp_norm is None:
             return x_btd, state
-        return x_btd + self.mlp(self.mlp_norm(x_btd)), state
+        mlp = self.mlp.step if isinstance(state, MixerState) and state.in_place else self.mlp
+        return x_btd + mlp(self.mlp_norm(x_btd)), state
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of a token, averaged over a document of `seq_len` tokens, two per multiply-add."""

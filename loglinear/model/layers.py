@@ -12,7 +12,15 @@ from torch import nn
 
 from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
-from loglinear.ops.neighbours import causal_conv_silu, conv_silu_step, rms_norm, silu_product, skip_gate_norm
+from loglinear.ops.neighbours import (
+    causal_conv_silu,
+    conv_silu_step,
+    gated_linear,
+    linears,
+    rms_norm,
+    silu_product,
+    skip_gate_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,11 @@ class SwiGLU(nn.Module):
     def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
         """Shapes [B, T, D] in and out."""
         return self.down(silu_product(self.gate(x_btd), self.up(x_btd)))
+
+    def step(self, x_b1d: torch.Tensor) -> torch.Tensor:
+        """The same for one token of each row, [B, 1, D], without gradients or hooks."""
+        hidden_b1e = gated_linear(x_b1d, self.gate.weight, self.up.weight)
+        return linears(hidden_b1e, (self.down.weight,))[0]
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of a token, two per multiply-add."""

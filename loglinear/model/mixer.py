@@ -24,7 +24,7 @@ from loglinear.ops import (
 )
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
-from loglinear.ops.neighbours import discretise
+from loglinear.ops.neighbours import discretise, linears
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
 STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
@@ -35,12 +35,17 @@ class MixerState:
     """What the mixer remembers between calls.
 
     Attributes:
-        memory: the buckets, O(log T) matrices per head. In place, a call of one token overwrites this state.
+        memory: the buckets, O(log T) matrices per head.
         recent: inputs of the three convolutions at the last width - 1 tokens, [documents, width - 1, channels] each.
     """
 
     memory: LogLinearState | StateInPlace
     recent: tuple[torch.Tensor, ...]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a call of one token overwrites this state."""
+        return isinstance(self.memory, StateInPlace)
 
 
 class LogLinearCore(nn.Module):
@@ -133,28 +138,28 @@ class LogLinearMixer(nn.Module):
         Returns:
             [B, T, D], and the state after the last token if a state was given.
         """
-        inputs = (self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd))
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        if state is not None and isinstance(state.memory, StateInPlace):
+        if state is not None and state.in_place:
+            *inputs, z, raw_bth = linears(x_btd, tuple(layer.weight for layer in projections))
             q, k, v = (conv.step(x, past) for conv, x, past in zip(convs, inputs, state.recent, strict=True))
         else:
+            *inputs, z, raw_bth = (layer(x_btd) for layer in projections)
             past = (None, None, None) if state is None else state.recent
             q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
-        v_bthp = v.unflatten(2, (-1, self.head_dim))
-        g_bth, weighted_bthp = discretise(self.dt_proj(x_btd), self.dt_bias, self.A_log, v_bthp)
+        v_bthp, z_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in (v, z))
+        g_bth, weighted_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)
         scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
         memory = None if state is None else state.memory
         o_bthp, memory = self.core(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
 
-        z_bthp = self.z_proj(x_btd).unflatten(2, (-1, self.head_dim))
-        y_bthp = self.norm(o_bthp, v_bthp, z_bthp, self.D)
-        y_btd = self.out_proj(y_bthp.flatten(2))
+        y_btc = self.norm(o_bthp, v_bthp, z_bthp, self.D).flatten(2)
         if state is None or memory is None:
-            return y_btd, None
-        if isinstance(memory, StateInPlace):
-            return y_btd, state
-        return y_btd, MixerState(memory, _recent(state.recent, inputs, documents))
+            return self.out_proj(y_btc), None
+        if state.in_place:
+            return linears(y_btc, (self.out_proj.weight,))[0], state
+        return self.out_proj(y_btc), MixerState(memory, _recent(state.recent, inputs, documents))
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""
@@ -187,7 +192,7 @@ def _convolve(
 
 
 def _recent(
-    past: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...], documents: Documents
+    past: tuple[torch.Tensor, ...], inputs: list[torch.Tensor], documents: Documents
 ) -> tuple[torch.Tensor, ...]:
     """The last width - 1 inputs of each convolution, after these."""
     if documents.cu_seqlens is None:

@@ -158,6 +158,26 @@ def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def linears(x_b1d: torch.Tensor, weights_ed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """x times the transpose of every weight [E, D]: [B, 1, E] each; for few tokens one launch, without gradients."""
+    if _has_kernels(x_b1d):
+        from loglinear.ops.triton import few_rows as kernels
+
+        if len(x_b1d) <= kernels.MOST_ROWS:
+            return tuple(y_be[:, None] for y_be in kernels.linears(x_b1d[:, 0].contiguous(), weights_ed))
+    return tuple(F.linear(x_b1d, weight_ed) for weight_ed in weights_ed)
+
+
+def gated_linear(x_b1d: torch.Tensor, gate_ed: torch.Tensor, up_ed: torch.Tensor) -> torch.Tensor:
+    """silu(x gate^T) * (x up^T): [B, 1, E]; as `linears`."""
+    if _has_kernels(x_b1d):
+        from loglinear.ops.triton import few_rows as kernels
+
+        if len(x_b1d) <= kernels.MOST_ROWS:
+            return kernels.silu_product(x_b1d[:, 0].contiguous(), gate_ed, up_ed)[:, None]
+    return silu_product(F.linear(x_b1d, gate_ed), F.linear(x_b1d, up_ed))
+
+
 def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> torch.Tensor:
     """The cross-entropy summed over labels, in nats: a scalar, fp32 at least.
 

@@ -119,6 +119,22 @@ def token_by_token(dtype: torch.dtype, device: str) -> dict[str, float]:
     return found
 
 
+def few_rows(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Relative error of several products in one launch, and of a gated one, for widths within and beyond a block."""
+    found = {}
+    for width in (70, 1500):
+        given = [x.to(dtype) for x in (normal(3, 1, width), *(normal(size, width) for size in (5, 8, 1, 33, 33)))]
+        x, *weights = (x.double() for x in given)
+        wanted = [x @ weight.T for weight in weights]
+        wanted.append(torch.nn.functional.silu(wanted[3]) * wanted[4])
+        x, *weights = (x.to(device) for x in given)
+        actual = [*neighbours.linears(x, tuple(weights)), neighbours.gated_linear(x, *weights[3:])]
+        found |= {
+            f"{width} {n}": relative_error(y.cpu(), z) for n, (y, z) in enumerate(zip(actual, wanted, strict=True))
+        }
+    return found
+
+
 def _outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -147,4 +163,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     check_operators()
     measured = {name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}
-    print(json.dumps(measured | {"convolution, token by token": token_by_token(torch.float32, "cpu")}))
+    measured["convolution, token by token"] = token_by_token(torch.float32, "cpu")
+    with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):
+        measured["products of few tokens"] = few_rows(torch.float32, "cpu")
+    print(json.dumps(measured))

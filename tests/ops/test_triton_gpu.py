@@ -184,4 +184,5 @@ def test_decoding_steps(levels: int | None) -> None:
 def test_the_operations_around_the_op(dtype: torch.dtype, bound: float) -> None:
     measured = {name: neighbour_cases.errors(case, dtype, "cuda") for name, case in neighbour_cases.cases(on_gpu=True)}
     measured["convolution, token by token"] = neighbour_cases.token_by_token(dtype, "cuda")
+    measured["products of few tokens"] = neighbour_cases.few_rows(dtype, "cuda")
     assert {name: errors for name, errors in measured.items() if not max(errors.values()) < bound} == {}
