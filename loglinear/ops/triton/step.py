@@ -14,7 +14,8 @@ import triton.language as tl
 
 from loglinear.ops.triton.operator import operator
 
-MOST_VALUES = 32  # of a head in a program: more programs than heads, since a batch may be one sequence
+MOST_VALUES = 8  # of a head in a program: more programs than heads, since a batch may be one sequence
+BLOCK_K = 4  # buckets that are read at once
 
 
 @operator("loglinear::step")
@@ -86,7 +87,7 @@ def _launch(
         buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, o_shp, out_shknp, scale, buckets,
         out_shknp.shape[2], 0 if scales_shl is None else scales_shl.shape[2],
         H=heads, R=heads // q_sgn.shape[1], N=size, BLOCK_N=triton.next_power_of_2(size), P=values, BLOCK_P=block_p,
-        SCALED=scales_shl is not None, IN_PLACE=out_shknp is buckets_shknp, num_warps=4,
+        SCALED=scales_shl is not None, IN_PLACE=out_shknp is buckets_shknp, BLOCK_K=BLOCK_K, num_warps=4,
     )  # fmt: skip
     return o_shp
 
@@ -95,11 +96,12 @@ def _launch(
 def _step(
     buckets_ptr, positions_ptr, q_ptr, k_ptr, v_ptr, g_ptr, scales_ptr, o_ptr, out_ptr, scale, buckets, count, L,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
-    SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
+    SCALED: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The token's own matrix takes up the full buckets below the first empty one, as a counter carries.
+    """The token's own matrix and the full buckets below the first empty one go there, as a counter carries.
 
-    In place, buckets that are empty before and after are left alone.
+    Several buckets at a time, because one load after the other would wait for memory most of the time. In place,
+    buckets that are empty before and after are left alone.
     """
     of_head = tl.program_id(0).to(tl.int64)
     sequence, head = of_head // H, of_head % H
@@ -109,6 +111,8 @@ def _step(
     k_n = tl.load(k_ptr + of_group + n, mask=n < N, other=0.0).to(tl.float32)
     v_p = tl.load(v_ptr + of_head * P + p, mask=p < P, other=0.0).to(tl.float32)
     position = tl.load(positions_ptr + sequence)
+    carries = position ^ (position + 1)  # bits up to the first empty bucket, the target
+    target = tl.sum((carries >> tl.arange(0, 64)) & 1, 0) - 1
     decay = tl.exp(tl.load(g_ptr + of_head))
     level_scale = 1.0
     if SCALED:
@@ -117,17 +121,24 @@ def _step(
     carried_np = k_n[:, None] * v_p[None, :]
     exists_np = (n < N)[:, None] & (p < P)[None, :]
     at_np = n[:, None] * P + p[None, :]
-    carries = position >= 0  # until the first empty bucket
-    for bucket in range(count):
-        full = (position >> bucket) & 1 == 1
-        in_ptr = buckets_ptr + (of_head * buckets + bucket) * N * P
-        state_np = decay * tl.load(in_ptr + at_np, mask=exists_np & full, other=0.0)
+    for first in range(0, count, BLOCK_K):
+        bucket_k = first + tl.arange(0, BLOCK_K)
+        full_k, carries_k = (position >> bucket_k) & 1 == 1, (carries >> bucket_k) & 1 == 1
+        at_knp = bucket_k[:, None, None] * (N * P) + at_np[None]
+        exists_knp = (bucket_k < count)[:, None, None] & exists_np[None]
+        before_ptr = buckets_ptr + of_head * buckets * N * P + at_knp
+        state_knp = decay * tl.load(before_ptr, mask=exists_knp & full_k[:, None, None], other=0.0)
+        read_kp = tl.sum(q_n[None, :, None] * state_knp, 1)
         if SCALED:
-            level_scale = tl.load(scales_ptr + of_head * L + bucket + 1, mask=full, other=0.0).to(tl.float32)
-        o_p += level_scale * tl.sum(q_n[:, None] * state_np, 0)
-        after_np = tl.where(carries, tl.where(full, 0.0, carried_np), state_np)
-        changes_np = exists_np & (full | carries) if IN_PLACE else exists_np
-        tl.store(out_ptr + (of_head * count + bucket) * N * P + at_np, after_np, mask=changes_np)
-        carries = carries & full
-        carried_np += tl.where(carries, state_np, 0.0)
+            scale_k = tl.load(scales_ptr + of_head * L + bucket_k + 1, mask=full_k, other=0.0).to(tl.float32)
+            read_kp *= scale_k[:, None]
+        o_p += tl.sum(read_kp, 0)
+        carried_np += tl.sum(tl.where(carries_k[:, None, None], state_knp, 0.0), 0)
+        changes_k = full_k if IN_PLACE else bucket_k != target
+        tl.store(
+            out_ptr + of_head * count * N * P + at_knp,
+            tl.where(carries_k[:, None, None], 0.0, state_knp),
+            mask=exists_knp & changes_k[:, None, None],
+        )
+    tl.store(out_ptr + (of_head * count + target) * N * P + at_np, carried_np, mask=exists_np)
     tl.store(o_ptr + of_head * P + p, o_p.to(o_ptr.dtype.element_ty), mask=p < P)
