@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.parity import (
-    BREAKS,
-    MESHES,
-    PATTERNS,
-    Case,
-    count_bytes,
-    run_broken,
-    run_cases,
-    train_cases,
-    train_plainly,
-)
+from loglinear.scaling.parity import PATTERNS, Case
+from tests.parallel.parity import BREAKS, MESHES, count_bytes, run_broken, run_cases, train_cases, train_plainly
 from tests.processes import exit_codes, start_ranks
 
 RANKS = [1, 2, 4, 8]
