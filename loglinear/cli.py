@@ -268,6 +268,27 @@ def bench_model_command(
     bench_model([load_config(config) for config in configs], sizes, tokens, device, out)
 
 
+@bench_app.command(name="scaling")
+def bench_scaling_command(
+    configs: Annotated[
+        list[Path], typer.Argument(help="YAML files of runs; the first is also saved, killed, ...", metavar="CONFIG...")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the numbers go; those that are there are kept.")] = Path(
+        "runs/bench-scaling"
+    ),
+    parts: Annotated[str, typer.Option(help="What to measure.")] = "parity,reshard,speed,weak,recovery",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "4096,32768,131072",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass, unless one sequence is longer.")] = 32768,
+    ranks: Annotated[int | None, typer.Option(min=1, help="GPUs, or CPU processes; all GPUs if not given.")] = None,
+) -> None:
+    """All GPUs of this machine: parity, resharding, speed of every layout, weak scaling, recovery from a fault."""
+    from loglinear.config import load_config
+    from loglinear.scaling.bench import bench_scaling
+
+    sizes = tuple(map(int, lengths.split(",")))
+    bench_scaling([load_config(config) for config in configs], parts.split(","), sizes, tokens, ranks, out)
+
+
 @bench_app.command(name="data")
 def bench_data_command(
     out: Annotated[Path, typer.Option(help="Where the numbers go.")] = Path("runs/bench-data"),

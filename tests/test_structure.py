@@ -23,7 +23,7 @@ PACKAGES = ("loglinear", "data_pipeline", "launch")
 # Each may import those before it.
 CONFIG = ["config_section", "config_text", "config_data", "config"]
 FLOW = ["errors", "checkpoint_folders", *CONFIG, "ops", "model", "parallel", "checkpoint", "train"]
-FLOW += ["hf", "experiments", "launch", "scaling"]
+FLOW += ["hf", "experiments", "launch", "bench", "scaling"]
 FRONT_DOOR = {"loglinear.cli", "loglinear.__main__"}
 VERSION = {"loglinear", "loglinear.__version__"}  # all that the package itself holds
 LONGEST_FILE = 400

@@ -6,13 +6,15 @@ Shapes: b batch, t time, v vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from data_pipeline.batch import Batch, make_batch
-from loglinear.config import Config
-from loglinear.model import build_model
+from loglinear.config import Config, ParallelConfig
+from loglinear.model import LanguageModel, build_model
 from loglinear.model.layers import Documents
 from loglinear.ops.checks import at_least_fp32
 from loglinear.parallel import local_batch
@@ -107,11 +109,18 @@ def awake(model: torch.nn.Module, size: float = 0.3) -> None:
 
 
 class Differences:
-    """What differs in a case. Noted rather than raised: a rank that left early would let the others wait."""
+    """What differs in a case. Noted rather than raised: a rank that left early would let the others wait.
+
+    Attributes:
+        tolerance: of an error, relative to a norm.
+        found: a sentence for everything that is further off.
+        largest: the largest error, as a share of what is allowed.
+    """
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
         self.found: list[str] = []
+        self.largest = 0.0
 
     def compare(
         self,
@@ -121,11 +130,31 @@ class Differences:
         whole: torch.Tensor | None = None,
         floor: float = 0.0,
     ) -> None:
-        """Note if the error is above the tolerance times the norm of the truth, or of its `whole`, plus `floor`."""
+        """Note if `found` [...] is further from `expected` [...] than the tolerance times the norm of that, or of its
+        `whole`, plus `floor`."""
         error = (found.double() - expected).norm().item()
         norm = (expected if whole is None else whole).norm().item()
-        if not error <= self.tolerance * norm + floor:
+        allowed = self.tolerance * norm + floor
+        self.largest = max(self.largest, error / allowed if allowed else float(error > 0))
+        if not error <= allowed:
             self.found.append(f"{name} differs by {error:.1e}, its norm is {norm:.1e}")
+
+
+def compare_all(mesh_of: Callable[[ParallelConfig], Mesh], ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare each of `cases_over` the ranks; every rank must call it.
+
+    Returns:
+        cases: how many; tolerance; found: a sentence for everything that is further off, on any rank; largest: the
+        largest error, as a share of what is allowed.
+    """
+    found, largest, cases = [], 0.0, cases_over(ranks)
+    for case in cases:
+        mesh = mesh_of(case.config().parallel)
+        own = compare(case, mesh, dtype)
+        for rank, (sentences, share) in enumerate(mesh.world.gather((own.found, own.largest))):
+            found += [f"{case} on rank {rank}: {sentence}" for sentence in sentences]
+            largest = max(largest, share)
+    return {"cases": len(cases), "tolerance": TOLERANCES[dtype], "found": found, "largest": largest}
 
 
 def compare(case: Case, mesh: Mesh, dtype: torch.dtype) -> Differences:
@@ -163,7 +192,7 @@ def own_samples(batch: Batch, mesh: Mesh) -> Batch:
     return packed(tokens)
 
 
-def compare_gradients(model: torch.nn.Module, truth: torch.nn.Module, mesh: Mesh, differences: Differences) -> None:
+def compare_gradients(model: LanguageModel, truth: LanguageModel, mesh: Mesh, differences: Differences) -> None:
     """Each parameter's gradient, summed over replicas, against this rank's part of the true one."""
     expected = dict(truth.named_parameters())
     norm = torch.cat([p.grad.flatten() for p in expected.values() if p.grad is not None]).norm().item()
