@@ -106,7 +106,7 @@ def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int,
     padded = [sent[rank, b] + [-1] * (most - len(sent[rank, b])) for b in range(samples)]
 
     def put(values: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
+        return _send(torch.from_numpy(np.asarray(values, dtype=np.int64)), device)
 
     return CutDocuments(
         positions_bt=put(positions)[None],
@@ -128,7 +128,7 @@ def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int,
 def local_batch(
     inputs_bt: torch.Tensor, labels_bt: torch.Tensor, cu_seqlens: torch.Tensor, mesh: Mesh
 ) -> tuple[torch.Tensor, torch.Tensor, Documents]:
-    """This context rank's part of a batch of packed documents, on its device.
+    """This context rank's part of a batch of packed documents, on its device; a GPU is not waited for.
 
     Args:
         inputs_bt, labels_bt: int64 [B, T].
@@ -139,11 +139,20 @@ def local_batch(
         Inputs and labels [B, T / ranks], and where documents lie in them.
     """
     axis, device = mesh.context, mesh.world.device
+    inputs_bt, labels_bt = _send(inputs_bt, device), _send(labels_bt, device)
     if axis.size == 1:
-        return inputs_bt.to(device), labels_bt.to(device), Documents.packed(cu_seqlens, device)
+        return inputs_bt, labels_bt, Documents.packed(cu_seqlens, device)
     documents = cut_documents(cu_seqlens, len(inputs_bt), axis.size, axis.index, device)
-    inputs_bt, labels_bt = (x.chunk(axis.size, 1)[axis.index].contiguous().to(device) for x in (inputs_bt, labels_bt))
+    # Whole samples are sent: a part of them would first have to be copied into memory that is not pinned.
+    inputs_bt, labels_bt = (x.chunk(axis.size, 1)[axis.index].contiguous() for x in (inputs_bt, labels_bt))
     return inputs_bt, labels_bt, documents
+
+
+def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device, behind what that has to do before; torch keeps pinned memory until a copy from it is done."""
+    if device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,7 @@ def _pieces(
 
     def select(wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         sizes = np.diff(row_bounds)[wanted[first]]
-        return torch.from_numpy(np.flatnonzero(wanted)).to(device), _boundaries(sizes)
+        return _send(torch.from_numpy(np.flatnonzero(wanted)), device), _boundaries(sizes)
 
     others = select(~is_first) if not is_first.all() else (None, None)
     key_starts = tuple((document[first] % sample_length).tolist())
