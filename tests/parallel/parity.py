@@ -21,7 +21,7 @@ from loglinear.config import Config
 from loglinear.model import build_model
 from loglinear.model.layers import Documents
 from loglinear.parallel import local_batch, make_mesh, parallel_model, start_world
-from loglinear.parallel.collectives import count_traffic
+from loglinear.parallel.collectives import Pending, count_traffic
 from loglinear.parallel.mesh import Mesh
 from loglinear.parallel.parallelize import parallelize
 from loglinear.scaling.parity import VOCAB, Case, Differences, batch_of, compare, own_samples
@@ -147,7 +147,7 @@ def compare_fragments(
 
 def ignore_gradients_of_others(module: Any) -> None:
     """The gradient of what all tensor ranks hold whole is no longer summed."""
-    module.parallelize.copy_to = lambda x, axis: x
+    module.overlap.start_all_reduce = lambda x, axis: Pending(x, None, x)
 
 
 def keep_shared_gradients_apart(module: Any) -> None:
@@ -216,4 +216,29 @@ def count_bytes(seq_lens: list[int], folder: Path) -> None:
             model(*local_batch(tokens_bt, tokens_bt, bounds, mesh)).backward()
         counts.append(dict(traffic))
     (folder / f"rank-{world.rank}").write_text(json.dumps(counts))
+    world.close()
+
+
+def note_order(folder: Path) -> None:
+    """In every rank: what happens one after the other in the backward pass of one block and the head."""
+    world, order = start_world(), []
+
+    def noting(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            order.append(what)
+            return function(*args)
+
+        return noted
+
+    overlap = loglinear.parallel.overlap
+    overlap.start_reduce_scatter = noting("start", overlap.start_reduce_scatter)
+    for node, what in ((overlap._Weight, "weight"), (overlap._Finish, "wait")):
+        node.backward = staticmethod(noting(what, node.backward))
+    tree = Case((1, 1, world.size), "log_linear").config().model_dump()
+    tree["model"] |= {"layers": 1}
+    config = Config.model_validate(tree)
+    mesh = make_mesh(world, config.parallel)
+    model = parallelize(build_model(config.model, seed=0), mesh, config)
+    model(*local_batch(*batch_of(Case((1, 1, world.size))), mesh)).backward()
+    (folder / f"rank-{world.rank}").write_text(" ".join(order))
     world.close()
