@@ -43,14 +43,12 @@ class Pieces:
         first_tokens: int64, where the tokens of the first pieces lie in the row.
         first_bounds: int32 [samples + 1], their boundaries side by side.
         other_tokens, other_bounds: of the others; None if there are none.
-        key_starts: for every piece, where its document begins in its whole sample.
     """
 
     first_tokens: torch.Tensor
     first_bounds: torch.Tensor
     other_tokens: torch.Tensor | None
     other_bounds: torch.Tensor | None
-    key_starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class CutDocuments(Documents):
         sent_bj: int64 [samples, J], buckets of the tails' states that later ranks read; -1 where there are fewer.
         contributions: what this rank makes its initial states from.
         pieces: the document pieces of this rank's row.
-        bounds: `cu_seqlens` as Python numbers.
+        starts: for each whole sample, where documents begin in it.
     """
 
     samples: int
@@ -79,7 +77,7 @@ class CutDocuments(Documents):
     sent_bj: torch.Tensor
     contributions: Contributions
     pieces: Pieces
-    bounds: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
 
 
 def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int, device: torch.device) -> CutDocuments:
@@ -99,7 +97,7 @@ def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int,
     tail_rb = _tails(bounds, starts_rb, length)
     sent = {(r, b): _sent(tail_rb[r, b]) for r in range(ranks) for b in range(samples)}
     most = max(map(len, sent.values()))
-    positions, row_bounds, pieces = _pieces(bounds, starts_rb[rank], length, sample_length, device)
+    positions, row_bounds, pieces = _pieces(bounds, starts_rb[rank], length, device)
     heads = np.array([tail_rb[rank - 1, b].end if rank and tail_rb[rank - 1, b].goes_on else 0 for b in range(samples)])
     own_tails = [tail_rb[rank, b] for b in range(samples)]
     sizes = np.array([tail.end - tail.start for tail in own_tails])
@@ -121,7 +119,7 @@ def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int,
         sent_bj=put(padded).view(samples, most),
         contributions=Contributions(*map(put, _contributions(tail_rb, sent, most, heads, rank))),
         pieces=pieces,
-        bounds=tuple(row_bounds.tolist()),
+        starts=tuple(_document_starts(bounds, sample * sample_length, sample_length) for sample in range(samples)),
     )
 
 
@@ -183,7 +181,7 @@ def _sent(tail: _Tail) -> list[int]:
 
 
 def _pieces(
-    bounds: np.ndarray, starts_b: np.ndarray, length: int, sample_length: int, device: torch.device
+    bounds: np.ndarray, starts_b: np.ndarray, length: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, Pieces]:
     """Positions of the row's tokens in their documents, boundaries of its pieces, and the pieces."""
     tokens = (starts_b[:, None] + np.arange(length)).ravel()  # in the whole batch
@@ -199,8 +197,13 @@ def _pieces(
         return _send(torch.from_numpy(np.flatnonzero(wanted)), device), _boundaries(sizes)
 
     others = select(~is_first) if not is_first.all() else (None, None)
-    key_starts = tuple((document[first] % sample_length).tolist())
-    return tokens - document, row_bounds, Pieces(*select(is_first), *others, key_starts)
+    return tokens - document, row_bounds, Pieces(*select(is_first), *others)
+
+
+def _document_starts(bounds: np.ndarray, start: int, length: int) -> tuple[int, ...]:
+    """Where documents begin in the sample of `length` tokens from `start` on."""
+    first, end = np.searchsorted(bounds, (start, start + length))
+    return tuple((bounds[first:end] - start).tolist())
 
 
 def _contributions(

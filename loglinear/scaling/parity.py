@@ -38,6 +38,7 @@ class Case:
     packed: bool = True
     groups: int = 1
     level_scale: str = "mlp"
+    seq_len: int = SEQ_LEN
 
     @property
     def ranks(self) -> int:
@@ -51,7 +52,7 @@ class Case:
             {
                 "model": {
                     "vocab_size": VOCAB,
-                    "seq_len": SEQ_LEN,
+                    "seq_len": self.seq_len,
                     "dim": 16,
                     "layers": 2,
                     "pattern": PATTERNS[self.pattern],
@@ -89,7 +90,7 @@ def cases_over(ranks: int) -> list[Case]:
 def batch_of(case: Case, seed: int = 0) -> Batch:
     """Samples of random tokens, each one document, or cut into documents of random lengths."""
     generator = torch.Generator().manual_seed(seed)
-    tokens_bt = torch.randint(2, VOCAB, (SAMPLES, SEQ_LEN + 1), generator=generator)
+    tokens_bt = torch.randint(2, VOCAB, (SAMPLES, case.seq_len + 1), generator=generator)
     if case.packed:
         tokens_bt[torch.rand(tokens_bt.shape, generator=generator) < 0.04] = BOS
     return packed(tokens_bt)
@@ -97,7 +98,8 @@ def batch_of(case: Case, seed: int = 0) -> Batch:
 
 def packed(tokens_bt: torch.Tensor) -> Batch:
     """A batch of samples [B, T + 1] whose documents begin at every `BOS`."""
-    return make_batch(list(tokens_bt.numpy()), SEQ_LEN, BOS, [SEQ_LEN] * len(tokens_bt))
+    seq_len = tokens_bt.shape[1] - 1
+    return make_batch(list(tokens_bt.numpy()), seq_len, BOS, [seq_len] * len(tokens_bt))
 
 
 def awake(model: torch.nn.Module, size: float = 0.3) -> None:
