@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,10 +86,11 @@ class SlurmRanks:
 
 
 class LocalRanks:
-    """The ranks as processes of this machine."""
+    """The ranks as processes of this machine; they train, unless they are to run another `command`."""
 
-    def __init__(self, cluster: ClusterConfig, job: JobFolder) -> None:
+    def __init__(self, cluster: ClusterConfig, job: JobFolder, command: Sequence[str] | None = None) -> None:
         self._cluster, self._job = cluster, job
+        self._command = command or rank_command(cluster, job)
         self.nodes = (socket.gethostname(),)
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -115,7 +116,7 @@ class LocalRanks:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with (self._job.logs(attempt) / f"rank-{rank}.log").open("wb") as log:
             return subprocess.Popen(
-                rank_command(self._cluster, self._job),
+                self._command,
                 env=os.environ | self._cluster.environment | place | meeting,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -22,6 +22,9 @@ Overrides = Annotated[
 RunDir = Annotated[Path, typer.Argument(help="The folder of a training run (its run.dir).", metavar="RUN_DIR")]
 
 
+TensorRanks = Annotated[int, typer.Option("--tensor", min=1, help="Ranks that share the weights, under torchrun.")]
+
+
 class ExportFormat(StrEnum):
     """What `loglinear export` writes."""
 
@@ -96,8 +99,11 @@ def evaluate(
         str | None, typer.Option(help="Tasks of the lm-evaluation-harness, such as piqa,arc_easy.")
     ] = None,
     include: Annotated[Path | None, typer.Option(help="A folder with the YAML files of your own tasks.")] = None,
+    tensor: TensorRanks = 1,
 ) -> None:
     """Held-out loss of a run's last checkpoint, or what it achieves in tasks."""
+    if tasks is not None and tensor > 1:
+        raise UserError("--tensor does not go with --tasks: the harness takes whole weights; leave one of them out")
     if tasks is not None:
         from loglinear.hf.harness import evaluate_tasks
 
@@ -105,7 +111,7 @@ def evaluate(
         return
     from loglinear.train.inference import evaluate_run
 
-    evaluate_run(run_dir, samples, by_position)
+    evaluate_run(run_dir, samples, by_position, tensor)
 
 
 @app.command()
@@ -135,11 +141,12 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    tensor: TensorRanks = 1,
 ) -> None:
     """Continue a text with a run's last checkpoint, token by token."""
     from loglinear.train.inference import generate_text
 
-    generate_text(run_dir, prompt, tokens, temperature, seed)
+    generate_text(run_dir, prompt, tokens, temperature, seed, tensor)
 
 
 @data_app.command()
@@ -266,6 +273,27 @@ def bench_model_command(
 
     sizes = tuple(map(int, lengths.split(",")))
     bench_model([load_config(config) for config in configs], sizes, tokens, device, out)
+
+
+@bench_app.command(name="scaling")
+def bench_scaling_command(
+    configs: Annotated[
+        list[Path], typer.Argument(help="YAML files of runs; the first is also saved, killed, ...", metavar="CONFIG...")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the numbers go; those that are there are kept.")] = Path(
+        "runs/bench-scaling"
+    ),
+    parts: Annotated[str, typer.Option(help="What to measure.")] = "parity,reshard,speed,weak,recovery",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "4096,32768,131072",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass, unless one sequence is longer.")] = 32768,
+    ranks: Annotated[int | None, typer.Option(min=1, help="GPUs, or CPU processes; all GPUs if not given.")] = None,
+) -> None:
+    """All GPUs of this machine: parity, resharding, speed of every layout, weak scaling, recovery from a fault."""
+    from loglinear.config import load_config
+    from loglinear.scaling.bench import bench_scaling
+
+    sizes = tuple(map(int, lengths.split(",")))
+    bench_scaling([load_config(config) for config in configs], parts.split(","), sizes, tokens, ranks, out)
 
 
 @bench_app.command(name="data")

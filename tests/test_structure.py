@@ -23,7 +23,7 @@ PACKAGES = ("loglinear", "data_pipeline", "launch")
 # Each may import those before it.
 CONFIG = ["config_section", "config_text", "config_data", "config"]
 FLOW = ["errors", "checkpoint_folders", *CONFIG, "ops", "model", "parallel", "checkpoint", "train"]
-FLOW += ["hf", "experiments", "launch"]
+FLOW += ["hf", "experiments", "launch", "bench", "scaling"]
 FRONT_DOOR = {"loglinear.cli", "loglinear.__main__"}
 VERSION = {"loglinear", "loglinear.__version__"}  # all that the package itself holds
 LONGEST_FILE = 400
@@ -120,6 +120,8 @@ def test_imports_flow_one_way(name: str) -> None:
         ("loglinear.bench.ops", "loglinear.model", True),
         ("loglinear.bench.ops", "loglinear.train.plan", False),
         ("loglinear.bench.data", "data_pipeline.loader.TrainLoader", True),
+        ("loglinear.scaling.recovery", "launch.submit", True),
+        ("loglinear.train.run", "loglinear.scaling.parity", False),
         ("loglinear.train.run", "loglinear.__version__", True),
         ("loglinear", "loglinear.errors.UserError", False),
         ("loglinear.novelty", "loglinear.config.Config", False),

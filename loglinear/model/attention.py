@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from loglinear.config import ModelConfig
 from loglinear.model.layers import Documents, rotate
@@ -104,9 +105,10 @@ def causal_attention(
     """
     queries, keys = q_bthp.shape[1], k_bshp.shape[1]
     mask = None
-    if lengths is not None or 1 < queries < keys:
+    if lengths is None and 1 < queries < keys:
+        mask = causal_lower_right(queries, keys)  # which no GPU kernel needs memory for
+    if lengths is not None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_bthp.device).tril(keys - queries)
-    if mask is not None and lengths is not None:
         known_bs = torch.arange(keys) >= keys - lengths[:, None]
         own_ts = torch.eye(keys, dtype=torch.bool, device=q_bthp.device)[-queries:]  # padding must see something
         mask = (mask & known_bs[:, None, None].to(q_bthp.device)) | own_ts

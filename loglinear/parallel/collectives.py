@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ def gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
 def sum_and_scatter(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
     """This rank's part [..., n, ...] of the sum of all ranks' x [..., ranks n, ...]; transpose of `gather`."""
     return x if axis.size == 1 else _SumAndScatter.apply(x, axis, dim)
+
+
+def exchange(x: torch.Tensor, axis: Axis, sent: list[int], received: list[int]) -> torch.Tensor:
+    """Rows of x [N, ...] to the ranks of the axis, and theirs [M, ...] to this one; its own transpose, turned round.
+
+    Args:
+        x: `sent[r]` rows for each rank r, one after the other.
+        axis: the ranks.
+        sent, received: numbers of rows, by rank.
+    """
+    return x if axis.size == 1 else _Exchange.apply(x, axis, sent, received)
 
 
 class _Copy(torch.autograd.Function):
@@ -83,6 +95,17 @@ class _SumAndScatter(torch.autograd.Function):
         return all_gather(dx, ctx.axis, ctx.dim), None, None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, sent: list[int], received: list[int]) -> torch.Tensor:
+        ctx.axis, ctx.sent, ctx.received = axis, sent, received
+        return all_to_all(x, axis, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return all_to_all(dx, ctx.axis, ctx.received, ctx.sent), None, None, None
+
+
 @contextmanager
 def count_traffic() -> Iterator[Counter[str]]:
     """Count the bytes that this rank gives to the network inside, by the name of the axis.
@@ -103,13 +126,38 @@ def _count(whole: torch.Tensor, axis: Axis, times: int) -> None:
         counter[axis.name] += times * whole.nbytes * (axis.size - 1) // axis.size
 
 
+@dataclass(frozen=True)
+class Pending:
+    """What a collective gives, maybe not yet.
+
+    Attributes:
+        tensor: where it will be.
+        work: torch's handle, None if there is nothing to wait for.
+        source: what is sent, kept until it has been.
+    """
+
+    tensor: torch.Tensor
+    work: Any
+    source: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """The tensor [...]; on a GPU what is computed from now on waits for it, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
 def all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
     """A new tensor with `op` over all ranks' x [...], the same bits on all."""
+    return start_all_reduce(x, axis, op).wait()
+
+
+def start_all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Pending:
+    """`all_reduce` of x [...] that is not waited for."""
     total = x.clone(memory_format=torch.contiguous_format)
     _count(total, axis, times=2)
-    if not total.is_meta:
-        dist.all_reduce(total, op, group=axis.group)
-    return total
+    work = None if total.is_meta else dist.all_reduce(total, op, group=axis.group, async_op=True)
+    return Pending(total, work, total)
 
 
 def all_gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
@@ -122,11 +170,27 @@ def all_gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
     return whole.movedim(0, dim)
 
 
+def all_to_all(x: torch.Tensor, axis: Axis, sent: list[int], received: list[int]) -> torch.Tensor:
+    """A new tensor [M, ...] of the `received[r]` rows from each rank r, of their x [N, ...], as in `exchange`."""
+    x = x.contiguous()
+    result = x.new_empty(sum(received), *x.shape[1:])
+    counter = _traffic.get()
+    if counter is not None:
+        counter[axis.name] += x[: sum(sent) - sent[axis.index]].nbytes
+    if not x.is_meta:
+        dist.all_to_all_single(result, x, received, sent, group=axis.group)
+    return result
+
+
 def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
     """A new tensor [..., n, ...], this rank's part along `dim` of the sum of all ranks' x [..., ranks n, ...]."""
+    return start_reduce_scatter(x, axis, dim).wait()
+
+
+def start_reduce_scatter(x: torch.Tensor, axis: Axis, dim: int) -> Pending:
+    """`reduce_scatter` of x [..., ranks n, ...] that is not waited for."""
     whole = x.movedim(dim, 0).contiguous()
     own = whole.new_empty(whole.shape[0] // axis.size, *whole.shape[1:])
     _count(whole, axis, times=1)
-    if not whole.is_meta:
-        dist.reduce_scatter_tensor(own, whole, group=axis.group)
-    return own.movedim(0, dim)
+    work = None if whole.is_meta else dist.reduce_scatter_tensor(own, whole, group=axis.group, async_op=True)
+    return Pending(own.movedim(0, dim), work, whole)

@@ -2,7 +2,7 @@
 
 Log-linear attention: a rank makes the states of the document pieces at its samples' ends, all ranks exchange them
 (one matrix per head and rank for whole sequences; a number of bytes that does not grow with T), and each adds up what
-its own samples begin with. Softmax attention: keys and values are gathered. Convolutions: the last inputs are.
+its own samples begin with. Convolutions gather the last inputs. Softmax attention is in `context_softmax.py`.
 
 Shapes: r context rank, b sample, t time (all samples of this rank in one row), c channel, h value head,
 g query/key group, n state (key) size, p value head size, l level, j bucket that is sent, k bucket, m contribution.
@@ -10,13 +10,11 @@ g query/key group, n state (key) size, p value head size, l level, j bucket that
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from loglinear.model.attention import causal_attention
 from loglinear.model.layers import Documents
 from loglinear.ops import LogLinearState, final_state, log_linear_attention
 from loglinear.parallel.collectives import gather
@@ -127,30 +125,6 @@ class _Keep(torch.autograd.Function):
     def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (received,) = ctx.saved_tensors
         return dx, torch.zeros_like(received)
-
-
-class ContextSoftmaxCore(nn.Module):
-    """Softmax attention over the gathered keys and values of sequences cut over the context ranks."""
-
-    def __init__(self, core: nn.Module, axis: Axis) -> None:
-        super().__init__()
-        self._core, self._axis = core, axis
-
-    def forward(
-        self, q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor, documents: Documents
-    ) -> torch.Tensor:
-        """As `SoftmaxCore.forward`."""
-        if not isinstance(documents, CutDocuments):
-            return self._core(q_bthp, k_bshp, v_bshp, documents)
-        k_bshp, v_bshp = (gather(x.unflatten(1, (documents.samples, -1))[0], self._axis, 1) for x in (k_bshp, v_bshp))
-        local = q_bthp.shape[1] // documents.samples
-        outputs = []
-        for (start, end), key_start in zip(pairwise(documents.bounds), documents.pieces.key_starts, strict=True):
-            sample, within = divmod(start, local)
-            keys = slice(key_start, self._axis.index * local + within + end - start)
-            own = slice(sample, sample + 1)
-            outputs.append(causal_attention(q_bthp[:, start:end], k_bshp[own, keys], v_bshp[own, keys]))
-        return torch.cat(outputs, 1)
 
 
 def give_halo(conv: Any, inputs: tuple[Any, ...], axis: Axis) -> tuple[Any, ...] | None:

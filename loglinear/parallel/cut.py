@@ -43,14 +43,12 @@ class Pieces:
         first_tokens: int64, where the tokens of the first pieces lie in the row.
         first_bounds: int32 [samples + 1], their boundaries side by side.
         other_tokens, other_bounds: of the others; None if there are none.
-        key_starts: for every piece, where its document begins in its whole sample.
     """
 
     first_tokens: torch.Tensor
     first_bounds: torch.Tensor
     other_tokens: torch.Tensor | None
     other_bounds: torch.Tensor | None
-    key_starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class CutDocuments(Documents):
         sent_bj: int64 [samples, J], buckets of the tails' states that later ranks read; -1 where there are fewer.
         contributions: what this rank makes its initial states from.
         pieces: the document pieces of this rank's row.
-        bounds: `cu_seqlens` as Python numbers.
+        starts: for each whole sample, where documents begin in it.
     """
 
     samples: int
@@ -79,7 +77,7 @@ class CutDocuments(Documents):
     sent_bj: torch.Tensor
     contributions: Contributions
     pieces: Pieces
-    bounds: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
 
 
 def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int, device: torch.device) -> CutDocuments:
@@ -99,14 +97,14 @@ def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int,
     tail_rb = _tails(bounds, starts_rb, length)
     sent = {(r, b): _sent(tail_rb[r, b]) for r in range(ranks) for b in range(samples)}
     most = max(map(len, sent.values()))
-    positions, row_bounds, pieces = _pieces(bounds, starts_rb[rank], length, sample_length, device)
+    positions, row_bounds, pieces = _pieces(bounds, starts_rb[rank], length, device)
     heads = np.array([tail_rb[rank - 1, b].end if rank and tail_rb[rank - 1, b].goes_on else 0 for b in range(samples)])
     own_tails = [tail_rb[rank, b] for b in range(samples)]
     sizes = np.array([tail.end - tail.start for tail in own_tails])
     padded = [sent[rank, b] + [-1] * (most - len(sent[rank, b])) for b in range(samples)]
 
     def put(values: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
+        return _send(torch.from_numpy(np.asarray(values, dtype=np.int64)), device)
 
     return CutDocuments(
         positions_bt=put(positions)[None],
@@ -121,14 +119,14 @@ def cut_documents(cu_seqlens: torch.Tensor, samples: int, ranks: int, rank: int,
         sent_bj=put(padded).view(samples, most),
         contributions=Contributions(*map(put, _contributions(tail_rb, sent, most, heads, rank))),
         pieces=pieces,
-        bounds=tuple(row_bounds.tolist()),
+        starts=tuple(_document_starts(bounds, sample * sample_length, sample_length) for sample in range(samples)),
     )
 
 
 def local_batch(
     inputs_bt: torch.Tensor, labels_bt: torch.Tensor, cu_seqlens: torch.Tensor, mesh: Mesh
 ) -> tuple[torch.Tensor, torch.Tensor, Documents]:
-    """This context rank's part of a batch of packed documents, on its device.
+    """This context rank's part of a batch of packed documents, on its device; a GPU is not waited for.
 
     Args:
         inputs_bt, labels_bt: int64 [B, T].
@@ -139,11 +137,20 @@ def local_batch(
         Inputs and labels [B, T / ranks], and where documents lie in them.
     """
     axis, device = mesh.context, mesh.world.device
+    inputs_bt, labels_bt = _send(inputs_bt, device), _send(labels_bt, device)
     if axis.size == 1:
-        return inputs_bt.to(device), labels_bt.to(device), Documents.packed(cu_seqlens, device)
+        return inputs_bt, labels_bt, Documents.packed(cu_seqlens, device)
     documents = cut_documents(cu_seqlens, len(inputs_bt), axis.size, axis.index, device)
-    inputs_bt, labels_bt = (x.chunk(axis.size, 1)[axis.index].contiguous().to(device) for x in (inputs_bt, labels_bt))
+    # Whole samples are sent: a part of them would first have to be copied into memory that is not pinned.
+    inputs_bt, labels_bt = (x.chunk(axis.size, 1)[axis.index].contiguous() for x in (inputs_bt, labels_bt))
     return inputs_bt, labels_bt, documents
+
+
+def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device, behind what that has to do before; torch keeps pinned memory until a copy from it is done."""
+    if device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def _sent(tail: _Tail) -> list[int]:
 
 
 def _pieces(
-    bounds: np.ndarray, starts_b: np.ndarray, length: int, sample_length: int, device: torch.device
+    bounds: np.ndarray, starts_b: np.ndarray, length: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, Pieces]:
     """Positions of the row's tokens in their documents, boundaries of its pieces, and the pieces."""
     tokens = (starts_b[:, None] + np.arange(length)).ravel()  # in the whole batch
@@ -187,11 +194,16 @@ def _pieces(
 
     def select(wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         sizes = np.diff(row_bounds)[wanted[first]]
-        return torch.from_numpy(np.flatnonzero(wanted)).to(device), _boundaries(sizes)
+        return _send(torch.from_numpy(np.flatnonzero(wanted)), device), _boundaries(sizes)
 
     others = select(~is_first) if not is_first.all() else (None, None)
-    key_starts = tuple((document[first] % sample_length).tolist())
-    return tokens - document, row_bounds, Pieces(*select(is_first), *others, key_starts)
+    return tokens - document, row_bounds, Pieces(*select(is_first), *others)
+
+
+def _document_starts(bounds: np.ndarray, start: int, length: int) -> tuple[int, ...]:
+    """Where documents begin in the sample of `length` tokens from `start` on."""
+    first, end = np.searchsorted(bounds, (start, start + length))
+    return tuple((bounds[first:end] - start).tolist())
 
 
 def _contributions(

@@ -12,6 +12,8 @@ from loglinear.config import ParallelConfig
 from loglinear.errors import UserError
 from loglinear.parallel.world import World
 
+AXES = ("data", "context", "tensor", "replicas")
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -107,6 +109,11 @@ def last_rank(data: int, parallel: ParallelConfig) -> Mesh:
     ranks = data * parallel.context * parallel.tensor
     axes = {name: Axis(name, size, size - 1, None) for name, size in sizes.items()}
     return Mesh(World(ranks - 1, ranks, torch.device("meta")), **axes)
+
+
+def lone_mesh(device: torch.device) -> Mesh:
+    """The mesh of a process that works alone, without groups."""
+    return Mesh(World(0, 1, device), **{name: Axis(name, 1, 0, None) for name in AXES})
 
 
 def make_mesh(world: World, parallel: ParallelConfig) -> Mesh:

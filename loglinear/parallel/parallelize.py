@@ -7,6 +7,7 @@ With it each holds a part of the tokens: a half gathers them, and sums and scatt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from loglinear.model.attention import SoftmaxMixer
 from loglinear.model.layers import ShortConv
 from loglinear.model.mixer import LogLinearMixer
 from loglinear.parallel.collectives import all_reduce, copy_to, gather, sum_and_scatter, sum_over
-from loglinear.parallel.context import ContextLogLinearCore, ContextSoftmaxCore, give_halo, join_rows
+from loglinear.parallel.context import ContextLogLinearCore, give_halo, join_rows
+from loglinear.parallel.context_softmax import ContextSoftmaxCore
 from loglinear.parallel.mesh import Axis, Mesh
+from loglinear.parallel.overlap import ColumnLinear, enter
 from loglinear.parallel.shard import Placement, cut, placement_of, placements
 from loglinear.parallel.vocabulary import VocabParallelCrossEntropy, lookup
 
@@ -65,8 +68,10 @@ class Stream:
         self._is_cut = self._sequence and torch.is_grad_enabled()
         return self.leave(partial_btd)
 
-    def enter(self, x_btd: torch.Tensor) -> torch.Tensor:
-        """All tokens [B, T, D], from what this rank holds of the stream."""
+    def enter(self, x_btd: torch.Tensor, readers: Sequence[ColumnLinear] = ()) -> torch.Tensor:
+        """All tokens [B, T, D], from what this rank holds of the stream; `readers` are layers that will read them."""
+        if readers and torch.is_grad_enabled():
+            return enter(x_btd, self._axis, TIME if self._is_cut else None, readers)
         return gather(x_btd, self._axis, TIME) if self._is_cut else copy_to(x_btd, self._axis)
 
     def leave(self, partial_btd: torch.Tensor) -> torch.Tensor:
@@ -146,7 +151,8 @@ def _allocate(model: LanguageModel) -> None:
 
 def _connect(model: LanguageModel, mesh: Mesh, config: Config) -> None:
     if mesh.tensor.size > 1:
-        _communicate(model, Stream(mesh.tensor, config.parallel.sequence))
+        # ZeRO 3 has a layer's weight only while the layer runs.
+        _communicate(model, Stream(mesh.tensor, config.parallel.sequence), overlaps=config.train.zero_stage < 3)
         _sum_shared_gradients(model, mesh.tensor, config)
     if mesh.context.size > 1:
         _split_sequences(model, mesh.context)
@@ -161,22 +167,36 @@ def _sum_shared_gradients(model: LanguageModel, axis: Axis, config: Config) -> N
             parameter.register_hook(lambda gradient: all_reduce(gradient, axis))
 
 
-def _communicate(model: Any, stream: Stream) -> None:
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return stream.enter(inputs[0]), *inputs[1:]
-
-    def leave(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return stream.leave(output)
-
+def _communicate(model: Any, stream: Stream, overlaps: bool) -> None:
     model.embedding = VocabParallelEmbedding(model.embedding.weight, stream)  # pyright: ignore[reportArgumentType]
     model.whole_logits = WholeLogits(stream.axis)
     model.loss = VocabParallelCrossEntropy(stream.axis)
-    model.head.register_forward_pre_hook(enter)
+    if overlaps:
+        model.head = ColumnLinear(model.head)
+    _take_in(model.head, stream)
     for block in model.blocks:
         mlp = [] if block.mlp is None else [(block.mlp, block.mlp.down)]
         for half, last in [(block.mixer, block.mixer.out_proj), *mlp]:
-            half.register_forward_pre_hook(enter)
-            last.register_forward_hook(leave)
+            if overlaps:
+                _replace_first_layers(half, last)
+            _take_in(half, stream)
+            last.register_forward_hook(lambda module, inputs, output: stream.leave(output))
+
+
+def _replace_first_layers(half: nn.Module, last: nn.Module) -> None:
+    """All linear layers of a half but its last read what it takes in."""
+    for name, layer in list(half.named_children()):
+        if isinstance(layer, nn.Linear) and layer is not last:
+            setattr(half, name, ColumnLinear(layer))
+
+
+def _take_in(half: nn.Module, stream: Stream) -> None:
+    readers = [layer for layer in (half, *half.children()) if isinstance(layer, ColumnLinear)]
+
+    def take_in(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return stream.enter(inputs[0], readers), *inputs[1:]
+
+    half.register_forward_pre_hook(take_in)
 
 
 def _choose_groups(model: LanguageModel, axis: Axis, groups: int) -> None:

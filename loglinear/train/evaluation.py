@@ -48,9 +48,9 @@ def losses_by_position(model: LanguageModel, batches: Iterable[Batch], mesh: Mes
     These are the tokens whose oldest bucket is of one size, so the last rows tell what long memory is worth.
 
     Args:
-        model: whole, on this rank.
-        batches: those of this rank.
-        mesh: the ranks to sum over; they are all data-parallel.
+        model: this rank's part.
+        batches: those of this rank's place along the data axis.
+        mesh: the ranks to sum over; none share sequences.
     """
     sums = torch.zeros(2, 64, dtype=torch.float64)
     for batch in batches:
@@ -62,6 +62,7 @@ def losses_by_position(model: LanguageModel, batches: Iterable[Batch], mesh: Mes
         counts = labels_bt.flatten() != IGNORED
         for kind, values in enumerate((surprise, counts)):
             sums[kind].index_add_(0, level, values.cpu().double())
+    sums /= mesh.tensor.size  # each of these ranks has counted the same
     losses, counts = torch.tensor(mesh.world.sum(*sums.flatten().tolist())).view(2, -1).tolist()
     bins = ((0 if level == 0 else 1 << (level - 1), 1 << level) for level in range(64))
     found = zip(bins, losses, counts, strict=True)

@@ -38,7 +38,7 @@ def profile_steps(config: Config, out: Path, steps: int) -> None:
     on_gpu = world.device.type == "cuda"
     count = world.together(lambda: config.train.micro_batches(mesh.data.size))[0]
     engine = Engine(parallel_model(mesh, config, fresh=True), config, mesh, Guard(config.stability))
-    batches, timer = [_random_batch(config, number) for number in range(count)], _NamedPhases(world.device)
+    batches, timer = [random_batch(config, number) for number in range(count)], _NamedPhases(world.device)
 
     def train(number: int) -> None:
         for step in range(number):
@@ -73,7 +73,7 @@ class _NamedPhases(StepTimer):
             yield
 
 
-def _random_batch(config: Config, seed: int) -> Batch:
+def random_batch(config: Config, seed: int) -> Batch:
     """A micro-batch of whole sequences; token 0 starts each."""
     shape = (config.train.micro_batch, config.model.seq_len + 1)
     tokens_bt = np.random.default_rng(seed).integers(1, config.model.vocab_size, shape)

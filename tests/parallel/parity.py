@@ -1,11 +1,10 @@
-"""A model over a mesh of real gloo ranks, held to the same model in one process.
+"""What ranks run to be held to one process: training steps, broken rules, bytes sent.
 
-Everything that runs in the ranks is here, so that one start of ranks serves many cases.
+All of it is here or in `loglinear.scaling.parity`, so that one start of ranks serves many cases.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import traceback
 from collections.abc import Callable, Iterable
@@ -16,88 +15,23 @@ from typing import Any
 import torch
 
 import loglinear.parallel
-from data_pipeline.batch import IGNORED, Batch, make_batch
+from data_pipeline.batch import IGNORED
 from loglinear.checkpoint.zero import fragments
 from loglinear.config import Config
 from loglinear.model import build_model
 from loglinear.model.layers import Documents
-from loglinear.ops.checks import at_least_fp32
 from loglinear.parallel import local_batch, make_mesh, parallel_model, start_world
-from loglinear.parallel.collectives import all_gather, all_reduce, count_traffic
+from loglinear.parallel.collectives import Pending, count_traffic
 from loglinear.parallel.mesh import Mesh
 from loglinear.parallel.parallelize import parallelize
-from loglinear.parallel.shard import shard_of
+from loglinear.scaling.parity import VOCAB, Case, Differences, batch_of, compare, own_samples
 from loglinear.train.engine import Engine
 from loglinear.train.optim import make_optimizer
 from loglinear.train.schedule import learning_rate
 from loglinear.train.stability import Guard
 from loglinear.train.timing import StepTimer
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2}
-VOCAB, SEQ_LEN, SAMPLES, BOS = 48, 96, 4, 1
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
-PATTERNS = {"log_linear": ["log_linear"], "softmax": ["softmax"], "hybrid": ["log_linear", "softmax"]}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One parity check: a mesh (data, context, tensor), a mixer, and what is special about it."""
-
-    mesh: tuple[int, int, int]
-    pattern: str = "hybrid"
-    sequence: bool = True
-    packed: bool = True
-    groups: int = 1
-    level_scale: str = "mlp"
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks the mesh has."""
-        return self.mesh[0] * self.mesh[1] * self.mesh[2]
-
-    def config(self) -> Config:
-        """A tiny model whose heads, groups and vocabulary divide as they must."""
-        log_linear = {"heads": 4, "head_dim": 16, "groups": self.groups, "state_dim": 16}
-        return Config.model_validate(
-            {
-                "model": {
-                    "vocab_size": VOCAB,
-                    "seq_len": SEQ_LEN,
-                    "dim": 16,
-                    "layers": 2,
-                    "pattern": PATTERNS[self.pattern],
-                    "log_linear": log_linear | {"level_scale": self.level_scale, "level_scale_hidden": 8},
-                    "softmax": {"heads": 4, "head_dim": 8},
-                    "mlp_dim": 32,
-                    "init_std": 0.2,
-                    "tie_embeddings": self.pattern != "softmax",
-                },
-                "train": {"global_batch": SAMPLES, "micro_batch": SAMPLES // self.mesh[0]},
-                "parallel": {"context": self.mesh[1], "tensor": self.mesh[2], "sequence": self.sequence},
-            }
-        )
-
-
-def batch_of(case: Case, seed: int = 0) -> Batch:
-    """Samples of random tokens, each one document, or cut into documents of random lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens_bt = torch.randint(2, VOCAB, (SAMPLES, SEQ_LEN + 1), generator=generator)
-    if case.packed:
-        tokens_bt[torch.rand(tokens_bt.shape, generator=generator) < 0.04] = BOS
-    return packed(tokens_bt)
-
-
-def packed(tokens_bt: torch.Tensor) -> Batch:
-    """A batch of samples [B, T + 1] whose documents begin at every `BOS`."""
-    return make_batch(list(tokens_bt.numpy()), SEQ_LEN, BOS, [SEQ_LEN] * len(tokens_bt))
-
-
-def awake(model: torch.nn.Module, size: float = 0.3) -> None:
-    """Move every parameter away from its start, where some gradients are zero; far, and bf16 can no longer follow."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
 def run_cases(cases: list[Case], folder: Path, dtype: torch.dtype = torch.float64) -> None:
@@ -105,7 +39,7 @@ def run_cases(cases: list[Case], folder: Path, dtype: torch.dtype = torch.float6
     world = start_world()
 
     def check(case: Case) -> Differences:
-        return compare(case, make_mesh(world, case.config().parallel), dtype, world.device)
+        return compare(case, make_mesh(world, case.config().parallel), dtype)
 
     report([(case,) for case in cases], check, folder / f"rank-{world.rank}")
     world.close()
@@ -121,74 +55,6 @@ def report(cases: Iterable[tuple[Any, ...]], check: Callable[..., Differences], 
             file.write_text(f"{case}: {traceback.format_exc()}")
             raise
     file.write_text("\n".join(found))
-
-
-class Differences:
-    """What differs in a case. Noted rather than raised: a rank that left early would let the others wait."""
-
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
-        self.found: list[str] = []
-
-    def compare(
-        self,
-        name: str,
-        found: torch.Tensor,
-        expected: torch.Tensor,
-        whole: torch.Tensor | None = None,
-        floor: float = 0.0,
-    ) -> None:
-        """Note if the error is above the tolerance times the norm of the truth, or of its `whole`, plus `floor`."""
-        error = (found.double() - expected).norm().item()
-        norm = (expected if whole is None else whole).norm().item()
-        if not error <= self.tolerance * norm + floor:
-            self.found.append(f"{name} differs by {error:.1e}, its norm is {norm:.1e}")
-
-
-def compare(case: Case, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Differences:
-    """Loss, logits and the gradient of every parameter, against the same weights in float64 in one process."""
-    config, batch, differences = case.config(), batch_of(case), Differences(TOLERANCES[dtype])
-    truth = build_model(config.model, seed=0).double()
-    awake(truth, 0.05 if dtype == torch.bfloat16 else 0.3)
-    truth = truth.to(dtype).double()
-    model = copy.deepcopy(truth).to(dtype)
-    model = parallelize(model, mesh, config).to(device)
-    documents = Documents.packed(batch.cu_seqlens, torch.device("cpu"))
-    expected = truth(batch.inputs, batch.labels, documents)
-    expected.backward()
-    own = own_samples(batch, mesh)
-    loss = model(*local_batch(*own, mesh))
-    loss.backward()
-    total = all_reduce(loss.detach(), mesh.replicas)
-    differences.compare("loss", total.cpu(), expected.detach())
-    with torch.no_grad():
-        inputs_bt, _, local = local_batch(*own, mesh)
-        logits_btv = model(inputs_bt, documents=local)
-        whole = all_gather(all_gather(logits_btv, mesh.context, 1), mesh.data, 0)
-        differences.compare("logits", whole.cpu(), truth(batch.inputs, documents=documents))
-    compare_gradients(model, truth, mesh, differences)
-    return differences
-
-
-def own_samples(batch: Batch, mesh: Mesh) -> Batch:
-    """The samples of this rank's place along the data axis, packed anew."""
-    inputs_bt, labels_bt = (x.chunk(mesh.data.size)[mesh.data.index] for x in batch[:2])
-    tokens = torch.cat([inputs_bt, labels_bt[:, -1:]], 1)
-    return packed(tokens)
-
-
-def compare_gradients(model: torch.nn.Module, truth: torch.nn.Module, mesh: Mesh, differences: Differences) -> None:
-    """Each parameter's gradient, summed over replicas, against this rank's part of the true one."""
-    expected = dict(truth.named_parameters())
-    norm = torch.cat([p.grad.flatten() for p in expected.values() if p.grad is not None]).norm().item()
-    floor = 0.0 if model.head.weight.dtype == torch.float64 else 1e-2 * differences.tolerance * norm
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        shard = shard_of(parameter)
-        whole = expected[name].grad
-        assert whole is not None
-        part = whole.narrow(shard.dim, shard.start, shard.size)
-        differences.compare(name, all_reduce(at_least_fp32(parameter.grad), mesh.replicas).cpu(), part, whole, floor)
 
 
 STEPS = 5
@@ -281,7 +147,7 @@ def compare_fragments(
 
 def ignore_gradients_of_others(module: Any) -> None:
     """The gradient of what all tensor ranks hold whole is no longer summed."""
-    module.parallelize.copy_to = lambda x, axis: x
+    module.overlap.start_all_reduce = lambda x, axis: Pending(x, None, x)
 
 
 def keep_shared_gradients_apart(module: Any) -> None:
@@ -350,4 +216,29 @@ def count_bytes(seq_lens: list[int], folder: Path) -> None:
             model(*local_batch(tokens_bt, tokens_bt, bounds, mesh)).backward()
         counts.append(dict(traffic))
     (folder / f"rank-{world.rank}").write_text(json.dumps(counts))
+    world.close()
+
+
+def note_order(folder: Path) -> None:
+    """In every rank: what happens one after the other in the backward pass of one block and the head."""
+    world, order = start_world(), []
+
+    def noting(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            order.append(what)
+            return function(*args)
+
+        return noted
+
+    overlap = loglinear.parallel.overlap
+    overlap.start_reduce_scatter = noting("start", overlap.start_reduce_scatter)
+    for node, what in ((overlap._Weight, "weight"), (overlap._Finish, "wait")):
+        node.backward = staticmethod(noting(what, node.backward))
+    tree = Case((1, 1, world.size), "log_linear").config().model_dump()
+    tree["model"] |= {"layers": 1}
+    config = Config.model_validate(tree)
+    mesh = make_mesh(world, config.parallel)
+    model = parallelize(build_model(config.model, seed=0), mesh, config)
+    model(*local_batch(*batch_of(Case((1, 1, world.size))), mesh)).backward()
+    (folder / f"rank-{world.rank}").write_text(" ".join(order))
     world.close()

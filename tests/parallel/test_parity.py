@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from loglinear.parallel.context_softmax import Halves
+from loglinear.scaling.parity import PATTERNS, Case
 from tests.parallel.parity import (
     BREAKS,
     MESHES,
-    PATTERNS,
-    Case,
     count_bytes,
+    note_order,
     run_broken,
     run_cases,
     train_cases,
@@ -38,6 +39,7 @@ SPECIAL_CASES = [
     *(Case((1, 2, 2), "log_linear", level_scale=name) for name in LEVEL_SCALES),
     Case((1, 3, 1), packed=True),
     Case((1, 3, 1), packed=False),
+    *(Case((1, 3, 1), "softmax", packed=packed, seq_len=93) for packed in (True, False)),  # an odd part for each
 ]
 
 
@@ -85,3 +87,25 @@ def test_what_context_ranks_send_does_not_grow_with_the_sequence(tmp_path: Path)
     whole = 4 * ranks * samples * (heads * (state + 1) + (width - 1) * channels)
     for file in tmp_path.glob("rank-*"):
         assert json.loads(file.read_text()) == [{"context": 2 * whole * (ranks - 1) // ranks}] * 3
+
+
+def test_weights_gradients_are_computed_while_that_of_the_input_is_summed(tmp_path: Path) -> None:
+    """Head; gate and up; queries, keys, values, gate and step size."""
+    assert exit_codes(start_ranks(2, note_order, tmp_path)) == [0, 0]
+    expected = ["start", "weight", "wait", "start", *["weight"] * 2, "wait", "start", *["weight"] * 5, "wait"]
+    for file in tmp_path.glob("rank-*"):
+        assert file.read_text().split() == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("length", [10, 11])
+def test_softmax_attention_is_as_much_work_for_every_context_rank(ranks: int, length: int) -> None:
+    """Pairs of a query and a key that it sees, counted one by one."""
+    computed = []
+    for rank in range(ranks):
+        halves = Halves(ranks, rank, length)
+        computed.append([halves.start(half) + t for half in halves.own for t in range(halves.size(half))])
+    assert sorted(query for queries in computed for query in queries) == list(range(ranks * length))
+    pairs = [sum(query + 1 for query in queries) for queries in computed]
+    assert max(pairs) - min(pairs) <= (length % 2) * ranks * length
+    assert max(pairs) < 1.1 * sum(pairs) / ranks

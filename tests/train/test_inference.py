@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,8 +23,10 @@ from data_pipeline.tokenizer import Tokenizer
 from loglinear.checkpoint import load_weights, read_latest
 from loglinear.errors import UserError
 from loglinear.model import build_model
+from loglinear.parallel import lone_mesh
+from loglinear.parallel.mesh import Axis
 from loglinear.train.folder import RunFolder
-from loglinear.train.inference import evaluate_run, generate_text
+from loglinear.train.inference import _load, _over, evaluate_run, generate_text
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import records
 
@@ -81,6 +85,55 @@ def test_the_loss_by_position_is_that_of_every_document_alone(reference: Path, t
     assert not wanted
     assert "4 to 7" in log.read_text()
     assert (run / "positions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def evaluate_in_a_rank(run: Path, tensor: int, by_position: bool, folder: Path) -> None:
+    """Write down the loss, whole."""
+    loss = evaluate_run(run, 8, by_position, tensor)
+    (folder / f"loss-{os.environ['RANK']}").write_text(repr(loss))
+
+
+@pytest.mark.parametrize(("ranks", "by_position"), [(2, False), (4, True)])
+def test_ranks_that_share_the_weights_give_the_loss_of_one_process(
+    reference: Path, tmp_path: Path, ranks: int, by_position: bool
+) -> None:
+    """Two tensor ranks, alone and twice."""
+    run, log = Path(shutil.copytree(reference, tmp_path / "run")), tmp_path / "log"
+    codes = exit_codes(start_ranks(ranks, evaluate_in_a_rank, run, 2, by_position, tmp_path, log=log))
+    assert codes == [0] * ranks, log.read_text()
+    found = surprises(reference)
+    total, tokens = sum(map(math.fsum, found.values())), sum(map(len, found.values()))
+    for rank in range(ranks):
+        assert float((tmp_path / f"loss-{rank}").read_text()) == pytest.approx(total / tokens, abs=1e-6)
+    if by_position:
+        parts = json.loads((run / "positions.json").read_text())
+        assert {part["start"].bit_length(): part["tokens"] for part in parts} == {
+            length: len(values) for length, values in found.items()
+        }
+
+
+def test_a_rank_holds_its_part_of_the_weights_alone(reference: Path) -> None:
+    folder = RunFolder(reference)
+    config = _over(folder.load_config(), 2)
+    second = replace(lone_mesh(torch.device("cpu")), tensor=Axis("tensor", 2, 1, None))
+    part, whole = (_load(folder, config, mesh)[0] for mesh in (second, lone_mesh(torch.device("cpu"))))
+    assert part.head.weight.shape == (whole.head.weight.shape[0] // 2, whole.head.weight.shape[1])
+    assert torch.equal(part.head.weight, whole.head.weight[len(part.head.weight) :])
+    assert part.parameter_count() < 0.6 * whole.parameter_count()
+
+
+def test_weights_that_do_not_divide_are_refused(reference: Path) -> None:
+    with pytest.raises(UserError, match=r"--tensor 3: model.mlp_dim \(64\) must be a multiple of parallel.tensor"):
+        generate_text(reference, "a", 1, 1.0, 0, tensor=3)
+
+
+def test_ranks_that_share_the_weights_say_together_what_one_says(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    assert exit_codes(start_ranks(2, generate_text, reference, "abc", 20, 0.8, 3, 2, log=log)) == [0, 0]
+    generate_text(reference, "abc", 20, 0.8, 3)
+    assert log.read_text() == capsys.readouterr().out
 
 
 def generated(reference: Path, capsys: pytest.CaptureFixture[str], temperature: float, seed: int) -> str:

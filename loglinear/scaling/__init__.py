@@ -1,0 +1,1 @@
+"""What a machine of several GPUs does with the whole system: parity, resharding, speed, recovery."""
