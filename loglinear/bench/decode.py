@@ -275,7 +275,7 @@ def _plot(path: Path, points: list[DecodePoint]) -> None:
         axes[1].plot([p.context for p in line], [p.state_bytes / 1e6 for p in line], marker="o")
     axes[0].set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="milliseconds a step")
     axes[1].set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="MB kept between steps")
-    axes[0].legend()
+    figure.legend(loc="outside lower center", ncols=4)
     for axis in axes:
         axis.grid(True, which="both", alpha=0.3)
     figure.savefig(path, dpi=130)
