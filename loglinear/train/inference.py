@@ -39,7 +39,7 @@ def evaluate_run(root: Path, samples: int | None, by_position: bool = False) -> 
     config = folder.load_config()
     world = start_world()
     mesh = make_mesh(world, ParallelConfig())
-    model, step = _load(folder, config, world.device)
+    model, step = load_model(folder, config, world.device)
     batches = held_out_batches(
         config.data,
         vocab_size=config.model.vocab_size,
@@ -75,7 +75,7 @@ def generate_text(root: Path, prompt: str, tokens: int, temperature: float, seed
     folder = RunFolder(root)
     config = folder.load_config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = _load(folder, config, device)
+    model, _ = load_model(folder, config, device)
     tokenizer = load_tokenizer(folder.tokenizer, config.model.vocab_size, config.data.tokenizer.bos)
     known = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     shown = 0
@@ -87,8 +87,12 @@ def generate_text(root: Path, prompt: str, tokens: int, temperature: float, seed
     print()
 
 
-def _load(folder: RunFolder, config: Config, device: torch.device) -> tuple[LanguageModel, int]:
-    """The model of the last complete checkpoint, and the steps that it was trained for."""
+def load_model(folder: RunFolder, config: Config, device: torch.device) -> tuple[LanguageModel, int]:
+    """The model of the last complete checkpoint, and the steps that it was trained for.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
     snapshot = read_latest(folder.checkpoints)
     model = build_model(config.model, config.run.seed)
     load_weights(snapshot.folder, model)
