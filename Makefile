@@ -27,7 +27,7 @@ test-slurm: $(VENV)/test.stamp  ## Run the tests on a SLURM of four nodes here; 
 
 test-browser: $(VENV)/browser.stamp  ## Look at TensorBoard in Chromium, which root gets on Debian or Ubuntu; else skipped.
 	@tests/install_browser.sh
-	$(BIN)/python -m pytest -m browser tests/train
+	$(BIN)/python -m pytest -m browser tests/train tests/launch
 
 lint: $(VENV)/dev.stamp  ## Check style and formatting (ruff), types (pyright), Dockerfiles (hadolint).
 	$(BIN)/ruff check

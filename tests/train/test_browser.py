@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,11 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.browser import PROGRAM
+from tests import browser
 from tests.train.small import records
 
 pytestmark = pytest.mark.browser
 
-SECONDS = 30.0  # until a page must show what it should
 PIXELS = 0.5  # that a point may lie beside its place
 # The curves of every chart, as people who begin with this page should find them.
 FIRST_PAGE = {
@@ -39,24 +35,14 @@ CHART = "tf-custom-scalar-multi-line-chart-card"
 @pytest.fixture(scope="module")
 def tensorboard(reference: Path) -> Iterator[str]:
     """The address of a TensorBoard that shows the reference run."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(reference / "tensorboard"), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        addresses = (re.search(r" at (http://\S+)", line) for line in server.stderr)
-        yield next(address[1] for address in addresses if address)
-        server.terminate()
+    with browser.tensorboard(reference / "tensorboard") as address:
+        yield address
 
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    """An empty page of a browser."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Without a GPU, Chromium shows no WebGL; without WebGL, TensorBoard draws SVG.
-        browser = playwright.chromium.launch(executable_path=PROGRAM, args=["--disable-3d-apis"])
-        yield browser.new_page(viewport={"width": 1400, "height": 1000})
-        browser.close()
+    with browser.empty_page() as page:
+        yield page
 
 
 def curves(page: Any, title: str) -> list[np.ndarray]:
@@ -64,13 +50,6 @@ def curves(page: Any, title: str) -> list[np.ndarray]:
     chart = page.locator(CHART).filter(has=page.get_by_text(title, exact=True))
     paths = chart.locator("path.line").evaluate_all("paths => paths.map(path => path.getAttribute('d') || '')")
     return [np.array([point.split(",") for point in re.split("[ML]", path)[1:]], float) for path in paths]
-
-
-def eventually(page: Any, condition: Callable[[], bool]) -> None:
-    """Wait until a page that is still being drawn is as it should be."""
-    deadline = time.monotonic() + SECONDS
-    while not condition() and time.monotonic() < deadline:
-        page.wait_for_timeout(200)
 
 
 def test_the_first_page_draws_the_curves_of_a_run(page: Any, tensorboard: str, reference: Path) -> None:
@@ -90,7 +69,7 @@ def test_the_first_page_draws_the_curves_of_a_run(page: Any, tensorboard: str, r
     def drawn() -> dict[str, list[int]]:
         return {title: sorted(map(len, curves(page, title))) for title in FIRST_PAGE}
 
-    eventually(page, lambda: drawn() == points)
+    browser.eventually(page, lambda: drawn() == points)
     assert page.locator(f"{CHART} .heading-label").all_inner_texts() == list(FIRST_PAGE)
     assert drawn() == points
     for title, of_chart in logged.items():
@@ -112,6 +91,6 @@ def test_samples_are_shown_as_texts(page: Any, tensorboard: str, reference: Path
     samples = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("sample/text_summary")]
     page.goto(tensorboard + "#text")
     shown = page.locator("pre").filter(has_text=re.compile(r"^\s*def "))
-    eventually(page, lambda: shown.count() == len(samples))
+    browser.eventually(page, lambda: shown.count() == len(samples))
     assert sorted(f"```\n{text.strip()}\n```" for text in shown.all_inner_texts()) == sorted(samples)
     assert len(samples) == 3, "one an evaluation"
