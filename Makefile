@@ -4,19 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: help install quickstart test test-gpu test-slurm lint
+.PHONY: help install quickstart test test-gpu test-slurm test-browser lint
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(VENV)/run.stamp  ## Make .venv and install into it; the others do so too.
 
 quickstart: $(VENV)/run.stamp  ## Train a small model on the Python standard library's source, on a CPU.
 	$(BIN)/loglinear train configs/quickstart.yaml
 
-test: $(VENV)/test.stamp  ## Run all tests but SLURM's; those that need a GPU are skipped without one, and say so.
-	$(BIN)/python -m pytest -m "not slurm" -n 2 --dist loadfile
+test: $(VENV)/test.stamp  ## Run all tests but SLURM's and a browser's; those for a GPU are skipped without one.
+	$(BIN)/python -m pytest -m "not slurm and not browser" -n 2 --dist loadfile
 
 test-gpu: $(VENV)/test.stamp  ## Run the tests that need a CUDA GPU.
 	$(BIN)/python -m pytest -m gpu
@@ -24,6 +24,10 @@ test-gpu: $(VENV)/test.stamp  ## Run the tests that need a CUDA GPU.
 test-slurm: $(VENV)/test.stamp  ## Run the tests on a SLURM of four nodes here; root on Debian or Ubuntu, else skipped.
 	@tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-browser: $(VENV)/browser.stamp  ## Look at TensorBoard in Chromium, which root gets on Debian or Ubuntu; else skipped.
+	@tests/install_browser.sh
+	$(BIN)/python -m pytest -m browser tests/train tests/launch
 
 lint: $(VENV)/dev.stamp  ## Check style and formatting (ruff), types (pyright), Dockerfiles (hadolint).
 	$(BIN)/ruff check
@@ -34,6 +38,7 @@ lint: $(VENV)/dev.stamp  ## Check style and formatting (ruff), types (pyright), 
 # A stamp says that an installation succeeded, and is older than pyproject.toml once that changes.
 $(VENV)/run.stamp: EXTRA :=
 $(VENV)/test.stamp: EXTRA := [test]
+$(VENV)/browser.stamp: EXTRA := [browser]
 $(VENV)/dev.stamp: EXTRA := [dev]
 $(VENV)/%.stamp: pyproject.toml | $(BIN)/pip
 	@echo "Installing loglinear$(EXTRA) into $(VENV); the first time that takes a few minutes."

@@ -8,10 +8,13 @@ import shutil
 import pytest
 import torch
 
+from tests import browser
+
 SLURM = all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch")))
 
 NEEDS = {
     "gpu": (torch.cuda.is_available(), "needs a CUDA GPU, and there is none here"),
+    "browser": (browser.IS_HERE, "needs Chromium and playwright: see make test-browser"),
     "slurm": (SLURM and os.geteuid() == 0, "needs SLURM's daemons, and root to start them: see make test-slurm"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def update_report(run_dir: Path) -> None:
         temporary = folder / (TABLE_FILE + ".tmp")
         temporary.write_text(markdown(rows), encoding="utf-8")
         temporary.replace(folder / TABLE_FILE)
-        _compare(rows[[row.name for row in rows].index(run_dir.name)], folder)
+        _compare(run_dir.name, rows, folder)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -175,17 +176,30 @@ def _row(run_dir: Path, settings: Mapping[str, Any]) -> Row:
     return Row(run_dir.name, settings, int(last.get("step", 0)), last.get("loss"), last.get("held_out_loss"))
 
 
-def _compare(row: Row, folder: Path) -> None:
-    """Add a run to TensorBoard's table of settings and results (its HPARAMS page)."""
-    from torch.utils.tensorboard import SummaryWriter
+def _compare(name: str, rows: Sequence[Row], folder: Path) -> None:
+    """Put the run `name` into TensorBoard's table of settings and results (its HPARAMS page), once.
 
+    Each run names the settings of all, since the table has the columns of any one of them.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    (row,) = (row for row in rows if row.name == name)
     results = {"final/loss": row.loss, "final/held_out_loss": row.held_out_loss}
-    settings = {
-        key: value if isinstance(value, int | float | str) else str(value) for key, value in row.settings.items()
-    }
-    with SummaryWriter(str(folder / COMPARISON)) as writer:
-        known = {key: value for key, value in results.items() if value is not None}
-        writer.add_hparams(settings, known, run_name=row.name, global_step=row.step)
+    columns, _, _ = hparams({key: value for each in rows for key, value in _plain(each.settings).items()}, results)
+    _, start, end = hparams(_plain(row.settings), {})
+    shutil.rmtree(folder / COMPARISON / name, ignore_errors=True)  # what it had told before
+    with SummaryWriter(str(folder / COMPARISON / name)) as writer:
+        for summary in (columns, start, end):
+            writer.file_writer.add_summary(summary, row.step)  # pyright: ignore[reportOptionalMemberAccess]
+        for tag, value in results.items():
+            if value is not None:
+                writer.add_scalar(tag, value, row.step)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """Settings as TensorBoard takes them."""
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
 
 
 def _shown(value: float | None) -> str:

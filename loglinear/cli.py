@@ -99,11 +99,21 @@ def evaluate(
         str | None, typer.Option(help="Tasks of the lm-evaluation-harness, such as piqa,arc_easy.")
     ] = None,
     include: Annotated[Path | None, typer.Option(help="A folder with the YAML files of your own tasks.")] = None,
+    needles: Annotated[
+        str | None, typer.Option(help="Needles in haystacks of so many tokens, such as 1024,4096.", metavar="LENGTHS")
+    ] = None,
     tensor: TensorRanks = 1,
 ) -> None:
     """Held-out loss of a run's last checkpoint, or what it achieves in tasks."""
-    if tasks is not None and tensor > 1:
-        raise UserError("--tensor does not go with --tasks: the harness takes whole weights; leave one of them out")
+    if by_position + (tasks is not None) + (needles is not None) > 1:
+        raise UserError("eval does one thing at a time: give one of --by-position, --tasks and --needles")
+    if tensor > 1 and (tasks is not None or needles is not None):
+        raise UserError("--tensor goes with the held-out loss alone: leave it out, or --tasks and --needles")
+    if needles is not None:
+        from loglinear.experiments.needle_eval import evaluate_needles
+
+        evaluate_needles(run_dir, _numbers("--needles", needles), samples)
+        return
     if tasks is not None:
         from loglinear.hf.harness import evaluate_tasks
 
@@ -255,8 +265,8 @@ def bench_decode_command(
     from loglinear.bench.decode import bench_decode
     from loglinear.config import load_config
 
-    sizes = [tuple(map(int, given.split(","))) for given in (contexts, batches)]
-    bench_decode([load_config(config) for config in configs], sizes[0], sizes[1], device, out)
+    sizes = _numbers("--contexts", contexts), _numbers("--batches", batches)
+    bench_decode([load_config(config) for config in configs], *sizes, device, out)
 
 
 @bench_app.command(name="model")
@@ -271,7 +281,7 @@ def bench_model_command(
     from loglinear.bench.model import bench_model
     from loglinear.config import load_config
 
-    sizes = tuple(map(int, lengths.split(",")))
+    sizes = _numbers("--lengths", lengths)
     bench_model([load_config(config) for config in configs], sizes, tokens, device, out)
 
 
@@ -304,6 +314,14 @@ def bench_data_command(
     from loglinear.bench.data import bench_data
 
     bench_data(out)
+
+
+def _numbers(option: str, given: str) -> tuple[int, ...]:
+    """The positive whole numbers that are `given` with commas between them."""
+    parts = given.split(",")
+    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{option} {given} is no list of positive whole numbers: write it as 1024,4096")
+    return tuple(map(int, parts))
 
 
 def main() -> None:

@@ -224,10 +224,14 @@ class EvalConfig(Section):
 
 
 class MonitorConfig(Section):
-    """TensorBoard: scalars every `every` steps, level-scale statistics every `levels_every`."""
+    """TensorBoard: scalars every `every` steps, level-scale statistics every `levels_every`.
+
+    `wandb` names a project of Weights & Biases that gets the same scalars.
+    """
 
     every: PositiveInt = 10
     levels_every: PositiveInt = 100
+    wandb: str | None = Field(default=None, min_length=1)
 
 
 class StabilityConfig(Section):

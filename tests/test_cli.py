@@ -99,6 +99,18 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/checkpoints holds no complete checkpoint: train until checkpoint.every steps are made" in said
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--needles", "512,1k"], "--needles 512,1k is no list of positive whole numbers: write it as 1024,4096"),
+        (["--needles", "0"], "--needles 0 is no list of positive whole numbers: write it as 1024,4096"),
+        (["--needles", "512", "--by-position"], "a time: give one of --by-position, --tasks and --needles"),
+    ],
+)
+def test_options_of_eval_that_make_no_sense_are_explained(tmp_path: Path, options: list[str], sentence: str) -> None:
+    assert refusal(tmp_path, "eval", tmp_path, *options).endswith(sentence + "\n")
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
     batch = ("train.global_batch=8", "train.micro_batch=2")
     said = refusal(tmp_path, "plan", QUICKSTART, *batch, "--ranks", "3")

@@ -277,7 +277,7 @@ def test_every_marker_is_registered_and_asked_for_what_it_needs() -> None:
     }
     assert "--strict-markers" in options["addopts"]
     assert used - MARKERS <= registered
-    assert registered == {"gpu", "slurm"}
+    assert registered == {"browser", "gpu", "slurm"}
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

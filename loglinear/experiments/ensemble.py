@@ -57,7 +57,7 @@ class Ensemble:
         named = list(self.model.named_parameters())
         self.names = [name for name, _ in named]
         self._shapes = [parameter.shape for _, parameter in named]
-        self._scored = _Scored(self.model)
+        self._scored = ScoredModel(self.model)
         flat = [torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models]
         self.weights_rw = torch.stack([weights.to(device) for weights in flat])
         for module in self.model.modules():
@@ -188,7 +188,7 @@ class Trainer:
         return graph.replay
 
 
-class _Scored(nn.Module):
+class ScoredModel(nn.Module):
     """A language model that answers at some positions alone, so that logits of the others need no room."""
 
     def __init__(self, model: LanguageModel) -> None:

@@ -61,7 +61,9 @@ class Prompt:
     answer: str
 
 
-def make_prompt(form: Form, haystack: list[str], sentences: int, rng: np.random.Generator) -> Prompt:
+def make_prompt(
+    form: Form, haystack: list[str], sentences: int, rng: np.random.Generator, depth: float | None = None
+) -> Prompt:
     """Needles between `sentences` sentences of the haystack, and the question for one of them.
 
     Args:
@@ -69,6 +71,7 @@ def make_prompt(form: Form, haystack: list[str], sentences: int, rng: np.random.
         haystack: sentences of a text; the noise, if the form asks for it, needs none.
         sentences: how many of them.
         rng: decides keys, values and places.
+        depth: the share of the sentences that stand before the needle that is asked for; None leaves it to chance.
     """
     keys = [_word(rng) for _ in range(form.needles)]
     while len(set(keys)) < len(keys):
@@ -77,9 +80,11 @@ def make_prompt(form: Form, haystack: list[str], sentences: int, rng: np.random.
     needles = [NEEDLE.format(kind=form.value, key=key, value=value) for key, value in zip(keys, values, strict=True)]
     hay = [NOISE] * sentences if form.haystack == "noise" else haystack[:sentences]
     places = rng.choice(DEPTHS, size=len(needles), replace=False) * sentences // (DEPTHS - 1)
+    asked = int(rng.integers(form.needles))
+    if depth is not None:
+        places[asked] = round(depth * sentences)
     for place, needle in sorted(zip(places.tolist(), needles, strict=True), reverse=True):
         hay = [*hay[:place], needle, *hay[place:]]
-    asked = int(rng.integers(form.needles))
     words = {"kind": form.value, "key": keys[asked]}
     separator = "\n" if form.haystack == "noise" else " "
     parts = (OPENING.format(**words), separator.join(hay), QUESTION.format(**words) + ANSWER.format(**words))
@@ -87,7 +92,12 @@ def make_prompt(form: Form, haystack: list[str], sentences: int, rng: np.random.
 
 
 def needle_examples(
-    form: Form, cell: Cell, haystack: list[str], tokenizer: Tokenizer, rng: np.random.Generator
+    form: Form,
+    cell: Cell,
+    haystack: list[str],
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    depth: float | None = None,
 ) -> Examples:
     """Prompts of nearly `cell.length` tokens with their answers; every token of an answer is due.
 
@@ -99,11 +109,12 @@ def needle_examples(
         haystack: sentences of a text; each prompt starts at a random one.
         tokenizer: of the model that is tested.
         rng: decides everything else.
+        depth: as for `make_prompt`.
 
     Raises:
         UserError: the haystack is shorter than a row.
     """
-    rows = [_row(form, cell.length, haystack, tokenizer, rng) for _ in range(cell.examples)]
+    rows = [_row(form, cell.length, haystack, tokenizer, rng, depth) for _ in range(cell.examples)]
     most = max(len(answer) for _, answer in rows)
     tokens_et = np.zeros((cell.examples, cell.length), np.int64)
     positions_en = np.zeros((cell.examples, most), np.int64)
@@ -122,7 +133,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _row(
-    form: Form, length: int, haystack: list[str], tokenizer: Tokenizer, rng: np.random.Generator
+    form: Form, length: int, haystack: list[str], tokenizer: Tokenizer, rng: np.random.Generator, depth: float | None
 ) -> tuple[list[int], list[int]]:
     """The longest prompt that fits, and its answer."""
     start = 0 if form.haystack == "noise" else int(rng.integers(len(haystack)))
@@ -130,7 +141,7 @@ def _row(
     seed = int(rng.integers(2**63))
 
     def encoded(sentences: int) -> tuple[list[int], list[int]]:
-        prompt = make_prompt(form, hay, sentences, np.random.default_rng(seed))
+        prompt = make_prompt(form, hay, sentences, np.random.default_rng(seed), depth)
         return [tokenizer.bos_id, *tokenizer.encode(prompt.text)], tokenizer.encode(prompt.answer)
 
     most = _longest(lambda sentences: sum(map(len, encoded(sentences))) <= length, length)

@@ -73,6 +73,11 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def wandb_id(self) -> Path:
+        """The run's id in Weights & Biases, if it is shown there."""
+        return self.root / "wandb.id"
+
+    @property
     def curve(self) -> Path:
         """A picture of the losses, drawn when the run ends."""
         return self.root / "loss.png"

@@ -48,7 +48,7 @@ def evaluate_run(root: Path, samples: int | None, by_position: bool = False, ten
     config = _over(folder.load_config(), tensor)
     world = start_world()
     mesh = make_mesh(world, config.parallel)
-    model, step = _load(folder, config, mesh)
+    model, step = load_model(folder, config, mesh)
     batches = held_out_batches(
         config.data,
         vocab_size=config.model.vocab_size,
@@ -92,7 +92,7 @@ def generate_text(root: Path, prompt: str, tokens: int, temperature: float, seed
         mesh = make_mesh(world, config.parallel)
     else:
         mesh = lone_mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    model, _ = _load(folder, config, mesh)
+    model, _ = load_model(folder, config, mesh)
     tokenizer = load_tokenizer(folder.tokenizer, config.model.vocab_size, config.data.tokenizer.bos)
     known = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     # All ranks see the same logits and draw alike; the others' words go nowhere.
@@ -122,8 +122,12 @@ def _over(config: Config, tensor: int) -> Config:
         raise UserError(f"--tensor {tensor}: {explain(error, Config)}") from None
 
 
-def _load(folder: RunFolder, config: Config, mesh: Mesh) -> tuple[LanguageModel, int]:
-    """This rank's part of the model of the last complete checkpoint, and the steps that it was trained for."""
+def load_model(folder: RunFolder, config: Config, mesh: Mesh) -> tuple[LanguageModel, int]:
+    """This rank's part of the model of the last complete checkpoint, and the steps that it was trained for.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
     snapshot = read_latest(folder.checkpoints)
     model = parallel_model(mesh, config, fresh=False)
     load_weights(snapshot.folder, model)

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: TensorBoard, a line a step in metrics.jsonl."""
+"""What a run shows while it trains: TensorBoard, W&B, a line a step in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from loglinear.train.engine import StepResult
 from loglinear.train.folder import Progress, RunFolder, truncate_metrics
 from loglinear.train.layout import layout
 from loglinear.train.level_scales import LevelScaleStatistics
+from loglinear.train.weights_and_biases import WandbRun
 
 
 class Monitor:
     """Writes curves for rank 0. Steps count from 1: the value at step n was measured in the n-th step."""
 
-    def __init__(self, folder: RunFolder, config: Config, start: int, flops_per_token: float, peak: float) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        start: int,
+        flops_per_token: float,
+        peak: float,
+        wandb: WandbRun | None = None,
+    ) -> None:
         """Go on after step `start`; what an interrupted run wrote beyond it is dropped.
 
         Args:
@@ -30,11 +39,13 @@ class Monitor:
             start: steps already made.
             flops_per_token: of training: forward and backward.
             peak: FLOP/s of all ranks together.
+            wandb: gets the scalars too; it outlives this monitor.
         """
         truncate_metrics(folder.metrics, start)
         self._every, self._steps, self._folder = config.monitor.every, config.train.steps, folder
         self._metrics = folder.metrics.open("a", encoding="utf-8", buffering=1)
         self._writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+        self._wandb = wandb
         if start == 0:
             self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
             self._writer.add_custom_scalars(layout(config.model))
@@ -98,9 +109,13 @@ class Monitor:
 
     def level_scales(self, step: int, statistics: LevelScaleStatistics) -> None:
         """Show lambda of every layer and level: its mean over the tokens that read the level, and a histogram."""
+        means = {}
         for layer, level, values in statistics.take():
-            self._writer.add_scalar(f"lambda_mean/layer_{layer:02d}/level_{level:02d}", values.mean().item(), step)
-            self._writer.add_histogram(f"lambda/layer_{layer:02d}/level_{level:02d}", values, step)
+            name = f"layer_{layer:02d}/level_{level:02d}"
+            means[f"lambda_mean/{name}"] = values.mean().item()
+            self._writer.add_histogram(f"lambda/{name}", values, step)
+        if means:
+            self._scalars(step, means)
 
     def pause(self, seconds: float) -> None:
         """Leave `seconds` of evaluating or saving out of the throughput."""
@@ -114,6 +129,8 @@ class Monitor:
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(step, values)
 
 
 def peak_memory() -> int:

@@ -43,6 +43,7 @@ from loglinear.train.signals import StopRequest
 from loglinear.train.stability import Guard, Rollbacks
 from loglinear.train.timing import StepTimer
 from loglinear.train.watchdog import Watchdog
+from loglinear.train.weights_and_biases import WandbRun, require_wandb
 
 RECORDED_VERSIONS = ("torch", "deepspeed")
 
@@ -88,6 +89,7 @@ class _Run:
         self.first = world.rank == 0
         self.micro_batches = world.together(lambda: config.train.micro_batches(mesh.data.size))[0]
         peak = world.together(lambda: peak_flops(world.device, config.train.peak_tflops))[0]
+        world.together(lambda: require_wandb(config) if self.first else None)
         checked = preflight(config, world) if world.size > 1 else None
         self.folder = RunFolder(config.run.folder)
         self.store = CheckpointStore(self.folder.checkpoints, config.checkpoint, mesh)
@@ -95,6 +97,8 @@ class _Run:
         if snapshot is not None:
             check_unchanged(snapshot.state["config"], config)
         world.together(lambda: self.folder.prepare(config) if self.first else None)
+        self.wandb: WandbRun | None = None
+        world.together(self._show_in_wandb)
 
         start = 0 if snapshot is None else snapshot.step
         self.console = TrainConsole(start, config.train.steps, config.monitor.every, self.first)
@@ -146,6 +150,8 @@ class _Run:
                 self._finish()
         if self.monitor is not None:
             self.monitor.close()
+        if self.wandb is not None:
+            self.wandb.close()
 
     def _roll_back(self, step: int, reason: str) -> int:
         """Go back to the last checkpoint, and on from there with data that come after all that was read; its step."""
@@ -224,11 +230,15 @@ class _Run:
             self.console.say(f"Going on after step {snapshot.step} of {config.train.steps}.")
         return engine
 
+    def _show_in_wandb(self) -> None:
+        if self.first and self.config.monitor.wandb is not None:
+            self.wandb = WandbRun(self.folder, self.config)
+
     def _make_monitor(self) -> Monitor:
         with torch.device("meta"):
             whole = LanguageModel(self.config.model)
         flops = TRAINING_FLOPS * whole.flops_per_token(self.config.model.seq_len)
-        return Monitor(self.folder, self.config, self.start, flops, self.peak)
+        return Monitor(self.folder, self.config, self.start, flops, self.peak, self.wandb)
 
     def _step(self, step: int) -> StepResult:
         config = self.config
