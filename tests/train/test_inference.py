@@ -26,7 +26,7 @@ from loglinear.model import build_model
 from loglinear.parallel import lone_mesh
 from loglinear.parallel.mesh import Axis
 from loglinear.train.folder import RunFolder
-from loglinear.train.inference import _load, _over, evaluate_run, generate_text
+from loglinear.train.inference import _over, evaluate_run, generate_text, load_model
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import records
 
@@ -116,7 +116,7 @@ def test_a_rank_holds_its_part_of_the_weights_alone(reference: Path) -> None:
     folder = RunFolder(reference)
     config = _over(folder.load_config(), 2)
     second = replace(lone_mesh(torch.device("cpu")), tensor=Axis("tensor", 2, 1, None))
-    part, whole = (_load(folder, config, mesh)[0] for mesh in (second, lone_mesh(torch.device("cpu"))))
+    part, whole = (load_model(folder, config, mesh)[0] for mesh in (second, lone_mesh(torch.device("cpu"))))
     assert part.head.weight.shape == (whole.head.weight.shape[0] // 2, whole.head.weight.shape[1])
     assert torch.equal(part.head.weight, whole.head.weight[len(part.head.weight) :])
     assert part.parameter_count() < 0.6 * whole.parameter_count()
