@@ -26,7 +26,7 @@ POLL_SECONDS = 0.1
 KILL_SECONDS = 5.0  # that ranks have to end after one of them has failed; what watchdogs say takes two
 # srun's words for a task that ended badly, and for a node that it could not reach.
 TASK = re.compile(r"srun: error: (\S+): (tasks? [\d,\-]+): (.+)")
-NODE = re.compile(r"srun: error: .*(?:Node failure on|failed on node|Unable to contact node) ([^\s:]+)")
+NODE = re.compile(r"srun: error: .*(?:Node failure on|failed on node) ([^\s:]+)")
 # Ends that follow from that of another rank, and the end of a rank that was asked to save before it could listen.
 CONSEQUENCES = ("Terminated", "Exited with exit code 1")
 ASKED = "User defined signal 2"

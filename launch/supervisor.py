@@ -111,7 +111,7 @@ class _Supervisor:
         elif result.code == EXIT_REFUSED:
             outcome, reason = "refused", self._last_words(start.attempt) or reason
         elif self.out_of_time:
-            outcome, reason = "saved" if result.code == 0 else "failed", "its time was over"
+            outcome, reason = "saved" if step > start.step else "failed", "its time was over"
         elif self._is_slurm_ending_it():
             outcome, reason = "ended", "SLURM ended the job"
         elif result.code == 0:

@@ -16,7 +16,8 @@ def test_of_ranks_that_end_together_the_one_that_caused_it_is_suspected() -> Non
             "srun: error: n2: task 1: Killed\n",
             "srun: Terminating StepId=7.0\n",
             "slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-25T03:00:00 ***\n",
-            "srun: error: n1: tasks 0,2-3: Exited with exit code 1\n",
+            "srun: error: n1: tasks 0,2: Exited with exit code 1\n",
+            "srun: error: n3: task 3: Terminated\n",
         ],
     )
     assert result.code == 137
@@ -27,7 +28,8 @@ def test_of_ranks_that_end_together_the_one_that_caused_it_is_suspected() -> Non
 
 def test_a_users_mistake_on_any_rank_is_one() -> None:
     said = ["srun: error: n1: task 0: Exited with exit code 2\n", "srun: error: n2: task 1: Exited with exit code 1\n"]
-    assert read_srun(2, said).code == 2
+    assert read_srun(1, said).code == 2
+    assert read_srun(1, said[1:]).code == 1
 
 
 @pytest.mark.parametrize(

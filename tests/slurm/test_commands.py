@@ -119,7 +119,7 @@ def test_a_node_that_computes_wrongly_is_named_and_avoided(launcher: Launcher) -
     ("changes", "sentence"),
     [
         ({"sbatch": {"licenses": "gold:1"}}, "SLURM refuses the job: "),
-        ({"partition": "fast"}, "there is no partition 'fast': this cluster has high, low"),
+        ({"partition": "fast"}, "there is no partition 'fast': this cluster has high, low, secret"),
         ({"gpus_per_node": 5}, "gpus_per_node (5) is more than a node of any partition here has (4)"),
         ({"nodes": 5}, "nodes (5) is more than any partition here has (4)"),
         ({"minutes": 601, "partition": "low"}, "minutes (601) is more than partition low allows (600)"),
