@@ -6,9 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -95,25 +93,16 @@ def test_while_the_controller_is_away_users_are_told_and_jobs_wait(launcher: Lau
     config = launcher.config("silence")
     run = launcher.submit("silence", config, sbatch={"begin": "now+1hour"})
     files = launcher.write("silence", config)
-    answers: list[object] = []
-
-    def in_thread(question: Callable[[], object]) -> threading.Thread:
-        thread = threading.Thread(target=lambda: answers.append(question()))
-        thread.start()
-        return thread
-
-    cluster.stop_controller()
-    try:
-        assert re.search(rf" {run.id} +UNKNOWN ", loglinear("jobs", run.folder).stdout)
-        done = loglinear("submit", files[0], "--cluster", files[1])
-        assert done.returncode == 2
-        assert f"whether job {run.id} still trains {run.folder} is not known: SLURM's controller" in done.stderr
-        threads = [in_thread(lambda: slurm.node_address("n3")), in_thread(lambda: slurm.state_of(run.id))]
-        time.sleep(1.0)
-        assert answers == []
-    finally:
-        cluster.start_controller()
-    for thread in threads:
-        thread.join()
-    assert sorted(map(str, answers)) == ["127.0.0.1", "PENDING"]
+    with ThreadPoolExecutor() as threads:
+        cluster.stop_controller()
+        try:
+            answers = threads.submit(slurm.node_address, "n3"), threads.submit(slurm.state_of, run.id)
+            assert re.search(rf" {run.id} +UNKNOWN ", loglinear("jobs", run.folder).stdout)
+            done = loglinear("submit", files[0], "--cluster", files[1])
+            assert done.returncode == 2
+            assert f"whether job {run.id} still trains {run.folder} is not known: SLURM's controller" in done.stderr
+            assert not any(answer.done() for answer in answers)
+        finally:
+            cluster.start_controller()
+        assert [answer.result() for answer in answers] == ["127.0.0.1", "PENDING"]
     assert loglinear("cancel", run.folder).returncode == 0
