@@ -56,16 +56,28 @@ def test_ranks_that_neither_end_nor_save_by_themselves_are_ended_and_come_back(l
     assert loglinear("cancel", run.folder).returncode == 0
 
 
+SHELLS = {
+    "of a rank": {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+    "of a job with more GPUs": {"SLURM_JOB_ID": "1", "SLURM_GPUS": "9"},
+}
+
+
 def test_the_environment_that_submits_does_not_reach_the_ranks(
-    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a shell of another job, whose place is not theirs and whose memory no node of theirs may have."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1000000")
-    run = launcher.submit("inner", launcher.config("inner", train={"steps": 2}, eval={"every": 2}), max_restarts=0)
-    run.wait_until_finished()
+    """GPUs are asked for as generic resources here, as SLURM's older selections of resources have it."""
+    settings = {"nodes": 1, "ranks_per_node": 2, "max_restarts": 0, "sbatch": {"gres": "gpu:2"}}
+    runs = []
+    for number, variables in enumerate(SHELLS.values()):
+        config = launcher.config(f"shell-{number}", eval={"every": 40})
+        with monkeypatch.context() as shell:
+            for name, value in variables.items():
+                shell.setenv(name, value)
+            runs.append(launcher.submit(f"shell-{number}", config, **settings))
+    told = [f"SLURM_JOB_ID={runs[0].id}", "SLURM_PROCID=1", "CUDA_VISIBLE_DEVICES=0,1"]
+    wait_until(lambda: cluster.processes(*told))
+    for run in runs:
+        run.wait_until_finished()
 
 
 def test_a_job_in_a_partition_that_is_hidden_from_its_user_is_found(launcher: Launcher, tmp_path: Path) -> None:
