@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 SECONDS = 60  # that a command of SLURM may take
 AGAIN_SECONDS = 2.0  # between questions to a controller that does not answer
 UNDISTURBED = ("env", "--ignore-signal=TERM")  # requeueing a job ends its processes, and these too
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # which SLURM is meant
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # variables that say which SLURM is meant
 NO_SLURM = "there is no SLURM here (no sbatch): submit on a login node, or take --cluster local"
-
 # What its commands say when the controller is away, restarts, or is too busy.
 SILENCE = re.compile("Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|in standby mode")
 
@@ -84,7 +83,7 @@ def make_executor(
 
 @contextlib.contextmanager
 def outside_jobs() -> Iterator[None]:
-    """Where a job submits: without what SLURM and torchrun told that job, which its own jobs would take for theirs."""
+    """Inside a job, hide what SLURM and torchrun told it: what it submits would take that for its own."""
     from submitit.helpers import clean_env
 
     is_inside = "SLURM_JOB_ID" in os.environ
@@ -138,7 +137,7 @@ def state_of(job_id: str) -> str:
 
 
 def is_at_its_limit(job_id: str) -> bool:
-    """Whether SLURM ends a job because its time is over: in its state that is COMPLETING as any other end."""
+    """Whether SLURM ends a job because its time is over; the state alone, COMPLETING, does not tell."""
     with contextlib.suppress(UserError):
         return _of_job("Reason", job_id) == "TimeLimit"
     return False

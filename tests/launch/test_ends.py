@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from launch.job import End, Outcome, Start, failures_in_a_row
+from launch.job import End, JobFolder, Outcome, Start, Submission, failures_in_a_row
 from launch.rank import place_of
 from launch.ranks import read_srun
 
@@ -77,6 +79,21 @@ def attempt(step: int, outcome: Outcome | None, reached: int | None = None) -> l
 )
 def test_failures_in_a_row_by_hand(attempts: list[Start | End], now: int, failures: int) -> None:
     assert failures_in_a_row(attempts, now) == failures
+
+
+def test_whoever_reads_a_job_folder_while_it_is_written_reads_whole_files(tmp_path: Path) -> None:
+    """A file that is open already stays as it was; the next who opens it sees the new one."""
+    job = JobFolder(tmp_path)
+    first, second = (Submission(kind="slurm", id=number, log=tmp_path / "log") for number in ("7", "8"))
+    job.submitted(first)
+    job.record(Start(attempt=1, time=0.0, step=0, nodes=("n1",)))
+    with job.submission_file.open() as submission, job.attempts_file.open() as attempts:
+        job.submitted(second)
+        job.record(Start(attempt=2, time=1.0, step=0, nodes=("n1",)))
+        assert Submission.model_validate_json(submission.read()) == first
+        assert len(attempts.readlines()) == 1
+    assert job.submission() == second
+    assert [event.attempt for event in job.attempts()] == [1, 2]
 
 
 def test_ranks_find_their_place_in_slurms_environment() -> None:

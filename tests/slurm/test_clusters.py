@@ -51,6 +51,7 @@ def test_ranks_that_neither_end_nor_save_by_themselves_are_ended_and_come_back(l
     end_time_of_job(run, 2.0)
     wait_until(lambda: len(run.starts()) == 3)
     assert re.findall(r"Restarts=(\d+)", run.cluster.command("scontrol", "show", "job", run.id)) == ["1"]
+    assert not slurm.is_at_its_limit(run.id), "any more"
     assert run.starts()[2].step == saved
     assert [(end.outcome, end.reason) for end in run.ends()[1:]] in ([], [("failed", "its time was over")])
     assert loglinear("cancel", run.folder).returncode == 0
