@@ -21,6 +21,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from data_pipeline.files import write_bytes
 from launch.cluster import ClusterConfig, load_cluster
 from loglinear.checkpoint_folders import COMPLETE, complete_checkpoints, step_of
 from loglinear.config import Config, load_config
@@ -139,6 +140,11 @@ class JobFolder:
         return self.root / "supervisor.lock"
 
     @property
+    def attempts_file(self) -> Path:
+        """`Start` and `End`, a JSON object a line."""
+        return self.root / "attempts.jsonl"
+
+    @property
     def cancel_marker(self) -> Path:
         """Exists once the run is to end."""
         return self.root / "cancel"
@@ -176,20 +182,20 @@ class JobFolder:
 
     def submitted(self, submission: Submission) -> None:
         """Record who runs the job."""
-        self.submission_file.write_text(submission.model_dump_json() + "\n", encoding="utf-8")
+        write_bytes(self.submission_file, f"{submission.model_dump_json()}\n".encode())
 
     def submission(self) -> Submission:
         """Who runs the job."""
         return Submission.model_validate_json(self.submission_file.read_text(encoding="utf-8"))
 
     def record(self, event: Start | End) -> None:
-        """Append to the attempts."""
-        with (self.root / "attempts.jsonl").open("a", encoding="utf-8") as attempts:
-            attempts.write(event.model_dump_json() + "\n")
+        """Add to the attempts; a node that dies in here leaves them as they were."""
+        before = self.attempts_file.read_bytes() if self.attempts_file.exists() else b""
+        write_bytes(self.attempts_file, before + f"{event.model_dump_json()}\n".encode())
 
     def attempts(self) -> list[Start | End]:
         """All that was recorded, over all submissions of this run."""
-        path = self.root / "attempts.jsonl"
+        path = self.attempts_file
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [_ATTEMPT.validate_json(line) for line in lines]
 

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.job import JobFolder
-from launch.ranks import EXIT_REFUSED
+from launch.ranks import EXIT_REFUSED, PLACE
 from loglinear.errors import UserError
 from loglinear.train.signals import StopRequest
 
 
 def place_of(environment: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK and WORLD_SIZE: those that are given, or else what srun calls them."""
-    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-    return {name: environment.get(name) or environment[slurm] for name, slurm in names.items()}
+    return {name: environment.get(name) or environment[slurm] for name, slurm in PLACE.items()}
 
 
 def main(folder: Path) -> None:

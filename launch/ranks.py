@@ -19,12 +19,14 @@ from launch import slurm
 from launch.cluster import ClusterConfig
 from launch.job import JobFolder
 
+# What a rank is told of its place, and what srun calls it.
+PLACE = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 EXIT_REFUSED = 2  # of a rank that a user's mistake ended
 POLL_SECONDS = 0.1
 KILL_SECONDS = 5.0  # that ranks have to end after one of them has failed; what watchdogs say takes two
 # srun's words for a task that ended badly, and for a node that it could not reach.
 TASK = re.compile(r"srun: error: (\S+): (tasks? [\d,\-]+): (.+)")
-NODE = re.compile(r"srun: error: .*(?:Node failure on|failed on node|Unable to contact node) ([^\s:]+)")
+NODE = re.compile(r"srun: error: .*(?:Node failure on|failed on node) ([^\s:]+)")
 # Ends that follow from that of another rank, and the end of a rank that was asked to save before it could listen.
 CONSEQUENCES = ("Terminated", "Exited with exit code 1")
 ASKED = "User defined signal 2"
@@ -72,9 +74,11 @@ class SlurmRanks:
         """Start the ranks with srun, and wait until all have ended."""
         # This process runs on the first node, where rank 0 will: a port that is free here is free there.
         meeting = {"MASTER_ADDR": slurm.node_address(self.nodes[0]), "MASTER_PORT": str(free_port())}
+        # A place that the submitting shell had would be that of every rank.
+        environment = {name: value for name, value in os.environ.items() if name not in PLACE}
         command = srun_command(self._cluster, self._job, attempt)
         said: list[str] = []
-        with subprocess.Popen(command, env=os.environ | meeting, stderr=subprocess.PIPE, text=True) as step:
+        with subprocess.Popen(command, env=environment | meeting, stderr=subprocess.PIPE, text=True) as step:
             assert step.stderr is not None
             for line in step.stderr:
                 print(line, end="", flush=True)
@@ -146,6 +150,7 @@ def srun_command(cluster: ClusterConfig, job: JobFolder, attempt: int) -> list[s
     options = [
         "--kill-on-bad-exit=1",
         "--unbuffered",
+        "--export=ALL",  # also where sbatch was told, or is set up, to export nothing
         f"--nodes={cluster.nodes}",
         f"--ntasks={cluster.ranks}",
         f"--ntasks-per-node={cluster.ranks_of_node}",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 SECONDS = 60  # that a command of SLURM may take
 AGAIN_SECONDS = 2.0  # between questions to a controller that does not answer
 UNDISTURBED = ("env", "--ignore-signal=TERM")  # requeueing a job ends its processes, and these too
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # variables that say which SLURM is meant
 NO_SLURM = "there is no SLURM here (no sbatch): submit on a login node, or take --cluster local"
+# What its commands say when the controller is away, restarts, or is too busy.
+SILENCE = re.compile("Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|in standby mode")
+
+
+class NoAnswerError(UserError):
+    """SLURM's controller does not answer; it may do so later."""
 
 
 def make_executor(
@@ -73,6 +81,18 @@ def make_executor(
     return executor
 
 
+@contextlib.contextmanager
+def outside_jobs() -> Iterator[None]:
+    """Inside a job, hide what SLURM and torchrun told it: what it submits would take that for its own."""
+    from submitit.helpers import clean_env
+
+    is_inside = "SLURM_JOB_ID" in os.environ
+    kept = {name: value for name, value in os.environ.items() if name in KEPT or not is_inside}
+    with clean_env():
+        os.environ.update(kept)
+        yield
+
+
 def script_of(executor: submitit.SlurmExecutor) -> str:
     """The sbatch script that a submission would send."""
     return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -88,21 +108,23 @@ def check(executor: submitit.SlurmExecutor, cluster: ClusterConfig) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
         script.write(script_of(executor))
         script.flush()
-        done = _run(["sbatch", "--test-only", script.name])
+        with outside_jobs():
+            done = _run(["sbatch", "--test-only", script.name])
     if done.returncode:
         raise UserError(f"SLURM refuses the job: {_words(done.stderr)}; change the cluster's configuration")
 
 
 def job_states(ids: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """State (RUNNING, PENDING, ...) and reason of those jobs that SLURM still knows; none where there is no SLURM."""
+    """State (RUNNING, PENDING, ...) and reason of those jobs that SLURM still knows.
+
+    Raises:
+        UserError: SLURM does not say.
+    """
     wanted = set(ids)
     if not wanted:
         return {}
-    try:
-        done = _run(["squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r"])
-    except UserError:
-        return {}
-    rows = [line.split("|") for line in done.stdout.splitlines()]
+    said = _ask(["squeue", "--noheader", "--all", "--array", "--states=all", "--format=%i|%A|%T|%r"])
+    rows = [line.split("|") for line in said.splitlines()]
     return {id_: (row[2], row[3]) for row in rows if len(row) == 4 for id_ in (row[0], row[1]) if id_ in wanted}
 
 
@@ -110,10 +132,15 @@ def state_of(job_id: str) -> str:
     """The state of a job, as SLURM's controller has it; while that is away, this waits for it."""
     while True:
         with contextlib.suppress(UserError):
-            answer = _run(["scontrol", "show", "--oneliner", "job", job_id]).stdout
-            if match := re.search(r"\bJobState=(\w+)", answer):
-                return match[1]
+            return _of_job("JobState", job_id)
         time.sleep(AGAIN_SECONDS)
+
+
+def is_at_its_limit(job_id: str) -> bool:
+    """Whether SLURM ends a job because its time is over; the state alone, COMPLETING, does not tell."""
+    with contextlib.suppress(UserError):
+        return _of_job("Reason", job_id) == "TimeLimit"
+    return False
 
 
 def requeue(job_id: str, exclude: Iterable[str] = ()) -> None:
@@ -122,9 +149,9 @@ def requeue(job_id: str, exclude: Iterable[str] = ()) -> None:
     Raises:
         UserError: SLURM refuses.
     """
-    _ask([*UNDISTURBED, "scontrol", "requeue", job_id])
+    _insist([*UNDISTURBED, "scontrol", "requeue", job_id])
     if nodes := ",".join(sorted(exclude)):  # may be changed only of a job that waits
-        _ask([*UNDISTURBED, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"])
+        _insist([*UNDISTURBED, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"])
 
 
 def signal_ranks(job_id: str, name: str) -> None:
@@ -139,12 +166,12 @@ def cancel(job_id: str) -> None:
 
 def node_names(node_list: str) -> tuple[str, ...]:
     """The names in a list such as n[1-3,7]."""
-    return tuple(_ask(["scontrol", "show", "hostnames", node_list]).split())
+    return tuple(_insist(["scontrol", "show", "hostnames", node_list]).split())
 
 
 def node_address(node: str) -> str:
     """Where a node is reached."""
-    match = re.search(r"\bNodeAddr=(\S+)", _ask(["scontrol", "show", "--oneliner", "node", node]))
+    match = re.search(r"\bNodeAddr=(\S+)", _insist(["scontrol", "show", "--oneliner", "node", node]))
     return match[1] if match else node
 
 
@@ -153,7 +180,8 @@ def _exports(cluster: ClusterConfig) -> list[str]:
 
 
 def _check_partition(cluster: ClusterConfig) -> None:
-    rows = [line.split("|") for line in _ask(["sinfo", "--noheader", "--format=%R|%G|%D|%l"]).splitlines()]
+    said = _ask(["sinfo", "--noheader", "--all", "--format=%R|%G|%D|%l"])
+    rows = [line.split("|") for line in said.splitlines()]
     names = sorted({row[0] for row in rows})
     if cluster.partition is not None and not set(cluster.partition.split(",")) <= set(names):
         raise UserError(f"there is no partition {cluster.partition!r}: this cluster has {', '.join(names)}")
@@ -184,11 +212,29 @@ def _gpus(resources: str) -> int:
     return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", resources))
 
 
+def _of_job(key: str, job_id: str) -> str:
+    said = _ask([*UNDISTURBED, "scontrol", "show", "--oneliner", "job", job_id])
+    return said.partition(f" {key}=")[2].partition(" ")[0]
+
+
+def _insist(command: list[str]) -> str:
+    """What a command says, however often it must be given: nobody else would ask again for a job.
+
+    Raises:
+        UserError: it is refused, or is not there.
+    """
+    while True:
+        with contextlib.suppress(NoAnswerError):
+            return _ask(command)
+        time.sleep(AGAIN_SECONDS)
+
+
 def _ask(command: list[str]) -> str:
     """What a command says.
 
     Raises:
-        UserError: it fails, or is not there.
+        NoAnswerError: SLURM's controller does not answer.
+        UserError: it is refused, or is not there.
     """
     done = _run(command)
     if done.returncode:
@@ -198,11 +244,16 @@ def _ask(command: list[str]) -> str:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except FileNotFoundError:
         raise UserError(NO_SLURM) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"SLURM does not answer `{shlex.join(command)}` within {SECONDS} s: try again later") from None
+        raise NoAnswerError(
+            f"SLURM does not answer `{shlex.join(command)}` within {SECONDS} s: try again later"
+        ) from None
+    if done.returncode and SILENCE.search(done.stderr):
+        raise NoAnswerError(f"SLURM's controller does not answer ({_words(done.stderr)}): try again later")
+    return done
 
 
 def _words(stderr: str) -> str:

@@ -17,6 +17,7 @@ from launch.job import FOLDER, End, JobFolder, Start, Submission
 from loglinear.errors import UserError
 from loglinear.train.folder import Progress, RunFolder
 
+UNKNOWN = "UNKNOWN"  # SLURM does not say
 ACTIVE = {"RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
 POLL_SECONDS = 0.5
 ASK_SECONDS = 3.0  # between two requests to save
@@ -29,7 +30,7 @@ class Status:
     Attributes:
         run_dir: the run's folder.
         id: of the job.
-        state: SLURM's word, RUNNING for a live local run, or how the last attempt ended.
+        state: SLURM's word, RUNNING for a live local run, how the last attempt ended, or UNKNOWN.
         note: why it waits or ended.
         progress: what the run last said of itself.
         steps: how many it is to make.
@@ -62,13 +63,33 @@ def find_jobs(folder: Path) -> list[JobFolder]:
 def statuses(jobs: Sequence[JobFolder]) -> list[Status]:
     """Of every job, with one question to SLURM for all of them."""
     submissions = [job.submission() for job in jobs]
-    known = slurm.job_states(each.id for each in submissions if each.kind == "slurm")
+    ids = [each.id for each in submissions if each.kind == "slurm"]
+    try:
+        known = slurm.job_states(ids)
+    except UserError as silence:
+        known = dict.fromkeys(ids, (UNKNOWN, str(silence)))
     return [_status(job, known.get(submission.id)) for job, submission in zip(jobs, submissions, strict=True)]
 
 
+def status(job: JobFolder) -> Status:
+    """Of one job, for those who act on it.
+
+    Raises:
+        UserError: SLURM does not say whether it runs.
+    """
+    row = statuses([job])[0]
+    if row.state == UNKNOWN:
+        raise UserError(f"whether job {row.id} still trains {job.run_dir} is not known: {row.note}")
+    return row
+
+
 def is_active(job: JobFolder) -> bool:
-    """Whether the job runs, or waits to run."""
-    return statuses([job])[0].state in ACTIVE
+    """Whether the job runs, or waits to run.
+
+    Raises:
+        UserError: SLURM does not say.
+    """
+    return status(job).state in ACTIVE
 
 
 def table(rows: Sequence[Status]) -> Table:
@@ -105,7 +126,7 @@ def cancel(job: JobFolder, seconds: float) -> Status:
         raise UserError(f"{job.run_dir} is not running, so there is nothing to cancel")
     job.cancel_marker.touch()
     submission, deadline, asked = job.submission(), time.monotonic() + seconds, 0.0
-    while (row := statuses([job])[0]).state in ACTIVE:
+    while (row := statuses([job])[0]).state in ACTIVE | {UNKNOWN}:
         if time.monotonic() > deadline or row.state == "PENDING":
             _end(submission)
         elif time.monotonic() > asked + ASK_SECONDS:  # again, for ranks that were only starting
@@ -117,7 +138,8 @@ def cancel(job: JobFolder, seconds: float) -> Status:
 
 def _ask_to_save(submission: Submission) -> None:
     if submission.kind == "slurm":
-        slurm.signal_ranks(submission.id, "USR2")
+        with contextlib.suppress(slurm.NoAnswerError):
+            slurm.signal_ranks(submission.id, "USR2")
     else:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(submission.id), signal.SIGTERM)
@@ -125,7 +147,8 @@ def _ask_to_save(submission: Submission) -> None:
 
 def _end(submission: Submission) -> None:
     if submission.kind == "slurm":
-        slurm.cancel(submission.id)
+        with contextlib.suppress(slurm.NoAnswerError):
+            slurm.cancel(submission.id)
     else:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(submission.id), signal.SIGKILL)
@@ -143,27 +166,28 @@ def _status(job: JobFolder, known: tuple[str, str] | None) -> Status:
     state, note = known or ("", "")
     if submission.kind == "local" and local.is_alive(job):
         state = "RUNNING"
-    if state not in ACTIVE:
-        state, note = _last_words(events, state)
-    folder = RunFolder(job.run_dir)
+    folder, steps, checkpoint = RunFolder(job.run_dir), job.config().train.steps, job.last_checkpoint()
+    is_made = checkpoint is not None and checkpoint[0] >= steps
+    if state not in ACTIVE and (state != UNKNOWN or is_made):  # a run that is made needs no word of SLURM's
+        state, note = _last_words(events, state, note)
     return Status(
         run_dir=job.run_dir,
         id=submission.id,
         state=state,
         note="" if note == "None" else note,
         progress=folder.read_progress(),
-        steps=job.config().train.steps,
-        checkpoint=job.last_checkpoint(),
+        steps=steps,
+        checkpoint=checkpoint,
         attempts=sum(isinstance(event, Start) for event in events),
     )
 
 
-def _last_words(events: Sequence[Start | End], state: str) -> tuple[str, str]:
+def _last_words(events: Sequence[Start | End], state: str, note: str) -> tuple[str, str]:
     """How the last attempt ended, if that was recorded, or SLURM's word."""
     last = events[-1] if events else None
     if isinstance(last, End) and last.outcome != "ended":
         return last.outcome, last.reason
-    return state or "lost", "" if state else "SLURM knows it no more, and how it ended was not recorded"
+    return state or "lost", note if state else "SLURM knows it no more, and how it ended was not recorded"
 
 
 def last_log(job: JobFolder, rank: int, attempt: int | None) -> Path:

@@ -77,7 +77,8 @@ def submit(planned: Planned, cluster: ClusterConfig, after: Sequence[Path] = ())
     executor = slurm.make_executor(cluster, job.submitit, planned.config.run.name, after=_ids(waiting))
     slurm.check(executor, cluster)
     job.write(planned.config, cluster)
-    handle = executor.submit(supervise, str(job.root))
+    with slurm.outside_jobs():
+        handle = executor.submit(supervise, str(job.root))
     return _recorded(job, Submission(kind="slurm", id=handle.job_id, log=handle.paths.stdout))
 
 
@@ -97,7 +98,7 @@ def submit_many(planned: Sequence[Planned], cluster: ClusterConfig, sweep: Sweep
     executor = slurm.make_executor(cluster, place, sweep.name, parallel=sweep.parallel, after=ids)
     slurm.check(executor, cluster)
     _write_all(planned, cluster, sweep)
-    with executor.batch():
+    with slurm.outside_jobs(), executor.batch():
         handles = [executor.submit(supervise, str(each.job.root)) for each in planned]
     return [
         _recorded(each.job, Submission(kind="slurm", id=handle.job_id, log=handle.paths.stdout))
@@ -120,7 +121,7 @@ def _unfinished(after: Sequence[Path], cluster: ClusterConfig) -> list[Path]:
     waiting = []
     for run_dir in after:
         job = JobFolder.of(run_dir)
-        row = status.statuses([job])[0]
+        row = status.status(job)
         if row.state in status.ACTIVE:
             if job.submission().kind != cluster.kind:
                 raise UserError(

@@ -47,12 +47,13 @@ class _Supervisor:
     def __init__(self, job: JobFolder, ranks: Ranks, job_id: str | None) -> None:
         self.job, self.ranks, self.job_id = job, ranks, job_id
         self.cluster, self.steps = job.cluster(), job.config().train.steps
+        self.out_of_time = False
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
 
     def go(self) -> None:
         """Attempt after attempt, until there is nothing more to do here."""
-        while self.job.last_step() < self.steps and not self.job.cancel_marker.exists():
+        while not self._is_over():
             self._give_up_or_pause()
             start = self._start()
             end = self._judge(start, self.ranks.run(start.attempt))
@@ -63,10 +64,21 @@ class _Supervisor:
             if end.outcome == "ended" or self._has_requeued(end):
                 return
 
+    def _is_over(self) -> bool:
+        return self.job.last_step() >= self.steps or self.job.cancel_marker.exists()
+
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if self.job_id is None and number in (signal.SIGTERM, signal.SIGINT):
             self.job.cancel_marker.touch()  # nobody would start a local run again
+        elif self.job_id is not None and number == signal.SIGTERM:
+            self._requeue_if_out_of_time(self.job_id)
         self.ranks.signal(number)
+
+    def _requeue_if_out_of_time(self, job_id: str) -> None:
+        """At once: the ranks did not save when they were told to, and after `KillWait` nobody here is left to do it."""
+        if not self.out_of_time and not self._is_over() and slurm.is_at_its_limit(job_id):
+            self.out_of_time = True
+            slurm.requeue(job_id)
 
     def _give_up_or_pause(self) -> None:
         attempts, step = self.job.attempts(), self.job.last_step()
@@ -98,6 +110,8 @@ class _Supervisor:
             outcome = "cancelled"
         elif result.code == EXIT_REFUSED:
             outcome, reason = "refused", self._last_words(start.attempt) or reason
+        elif self.out_of_time:
+            outcome, reason = "saved" if step > start.step else "failed", "its time was over"
         elif self._is_slurm_ending_it():
             outcome, reason = "ended", "SLURM ended the job"
         elif result.code == 0:
@@ -115,8 +129,8 @@ class _Supervisor:
         )
 
     def _is_slurm_ending_it(self) -> bool:
-        """Cancelled, requeued or lost a node: then SLURM does what follows. At its time limit, nobody would."""
-        return self.job_id is not None and slurm.state_of(self.job_id) not in ("RUNNING", "TIMEOUT", "PREEMPTED")
+        """Cancelled, requeued or lost a node: then SLURM does what follows."""
+        return self.job_id is not None and slurm.state_of(self.job_id) != "RUNNING"
 
     def _bad_nodes(self, result: Result, step: int) -> frozenset[str]:
         """Unreachable, found bad by the preflight, or the first to fail twice without a checkpoint in between."""
@@ -130,6 +144,8 @@ class _Supervisor:
         """Whether the job goes on through SLURM's queue."""
         if self.job_id is None or end.outcome not in ("saved", "failed"):
             return False
+        if self.out_of_time:
+            return True
         exclude = self._excluded() if self.cluster.exclude_bad_nodes and end.bad_nodes else []
         if end.outcome == "failed" and not exclude and slurm.state_of(self.job_id) == "RUNNING":
             return False

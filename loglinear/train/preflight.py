@@ -35,8 +35,8 @@ class FailedNodes(RuntimeError):
         nodes: their names.
     """
 
-    def __init__(self, nodes: list[str]) -> None:
-        super().__init__(f"preflight: wrong results of a matrix product on {', '.join(nodes)}; use other nodes")
+    def __init__(self, nodes: list[str], of: str) -> None:
+        super().__init__(f"preflight: wrong results of {of} on {', '.join(nodes)}; use other nodes")
         self.nodes = nodes
 
 
@@ -48,11 +48,13 @@ class Health:
         node: where it runs.
         seconds: the fastest of its matrix products.
         correct: whether the product was that of float64.
+        sums: whether the sum over ranks, as it arrived here, was right.
     """
 
     node: str
     seconds: float
     correct: bool
+    sums: bool
 
 
 def preflight(config: Config, world: World) -> str:
@@ -63,14 +65,13 @@ def preflight(config: Config, world: World) -> str:
         FailedNodes: a rank's matrix product or the sum over ranks is wrong.
     """
     require_agreement(world, _code(config))
-    own = Health(node_name(os.environ), *_matrix_product(world.device))
+    seconds, is_right = _matrix_product(world.device)
     all_reduce_seconds, is_sum_right = _all_reduce(world)
-    ranks: list[Health] = world.gather(own)
-    failed = sorted({rank.node for rank in ranks if not rank.correct})
-    if failed:
-        raise FailedNodes(failed)
-    if not is_sum_right:
-        raise FailedNodes(sorted({rank.node for rank in ranks}))
+    ranks: list[Health] = world.gather(Health(node_name(os.environ), seconds, is_right, is_sum_right))
+    if failed := sorted({rank.node for rank in ranks if not rank.correct}):
+        raise FailedNodes(failed, "a matrix product")
+    if failed := sorted({rank.node for rank in ranks if not rank.sums}):
+        raise FailedNodes(failed, "a sum over all ranks")
     return report(ranks, SIDE[world.device.type], all_reduce_seconds)
 
 

@@ -64,6 +64,22 @@ def test_a_cluster_survives_being_written_down(tmp_path: Path) -> None:
     assert load_cluster(str(tmp_path / "cluster.yaml")) == cluster
 
 
+def test_srun_is_told_all_that_sbatch_was(tmp_path: Path) -> None:
+    cluster = ClusterConfig(
+        nodes=3, gpus_per_node=4, cpus_per_rank=6, srun={"cpu-bind": "cores", "overlap": True}, python=Path("/py")
+    )
+    job = JobFolder(tmp_path)
+    assert srun_command(cluster, job, 12) == [
+        *("srun", "--kill-on-bad-exit=1", "--unbuffered", "--export=ALL"),
+        *("--nodes=3", "--ntasks=12", "--ntasks-per-node=4"),
+        f"--output={tmp_path}/logs/attempt-012/rank-%t.log",
+        *("--cpus-per-task=6", "--gpus-per-node=4", "--cpu-bind=cores", "--overlap"),
+        *("/py", "-u", "-m", "launch.rank", str(tmp_path)),
+    ]
+    few = srun_command(ClusterConfig(), job, 1)
+    assert not [option for option in few if option.startswith(("--cpus", "--gpus"))]
+
+
 def test_containers_are_what_pyxis_and_apptainer_take() -> None:
     job = JobFolder(Path("/runs/a/job"))
     image = {"image": "image.sif", "mounts": ("/shared:/shared", "/data:/in")}
@@ -77,6 +93,9 @@ def test_containers_are_what_pyxis_and_apptainer_take() -> None:
     binds = ["--bind", "/shared:/shared", "--bind", "/data:/in"]
     assert rank_command(apptainer, job)[:8] == ["apptainer", "exec", "--nv", *binds, "image.sif"]
     assert not any(option.startswith("--container") for option in srun_command(apptainer, job, 1))
+    on_cpus = ClusterConfig.model_validate({"container": image | {"runtime": "apptainer"}})
+    assert rank_command(on_cpus, job)[:2] == ["apptainer", "exec"]
+    assert "--nv" not in rank_command(on_cpus, job)
 
 
 def sweep_file(folder: Path, **settings: Any) -> Path:

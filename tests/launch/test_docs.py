@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,21 @@ def test_every_fault_has_a_row_with_its_cost() -> None:
 def test_the_settings_that_are_named_exist() -> None:
     assert {"save_seconds", "max_restarts", "exclude_bad_nodes"} <= set(ClusterConfig.model_fields)
     assert f"`train.hang_seconds` ({TrainConfig().hang_seconds:g})" in DOCS
+
+
+@pytest.mark.parametrize("name", ["docker/Dockerfile", "docker/Dockerfile.cpu"])
+def test_the_images_checkout_tells_its_revision_to_everyone(name: str, tmp_path: Path) -> None:
+    """The setting of the image, in git's own configuration of a system that has nothing else."""
+    (command,) = re.findall(r" && (git config .+)\nWORKDIR /opt/loglinear\n", (ROOT / name).read_text(encoding="utf-8"))
+    system = os.environ | {"GIT_CONFIG_SYSTEM": str(tmp_path / "gitconfig"), "GIT_CONFIG_GLOBAL": os.devnull}
+    checkout = tmp_path / "checkout"
+    subprocess.run(["git", "init", "--quiet", checkout], check=True, env=system)
+    # As git sees files of somebody else.
+    stranger = system | {"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}
+    look = ["git", "-C", str(checkout), "status"]
+    assert subprocess.run(look, env=stranger, capture_output=True).returncode == 128
+    subprocess.run(command.replace("/opt/loglinear", str(checkout)).split(), check=True, env=system)
+    assert subprocess.run(look, env=stranger, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["docker/Dockerfile", "docker/Dockerfile.cpu"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from launch.job import End, Outcome, Start, failures_in_a_row
+from launch.job import End, JobFolder, Outcome, Start, Submission, failures_in_a_row
 from launch.rank import place_of
 from launch.ranks import read_srun
 
@@ -16,7 +18,8 @@ def test_of_ranks_that_end_together_the_one_that_caused_it_is_suspected() -> Non
             "srun: error: n2: task 1: Killed\n",
             "srun: Terminating StepId=7.0\n",
             "slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-25T03:00:00 ***\n",
-            "srun: error: n1: tasks 0,2-3: Exited with exit code 1\n",
+            "srun: error: n1: tasks 0,2: Exited with exit code 1\n",
+            "srun: error: n3: task 3: Terminated\n",
         ],
     )
     assert result.code == 137
@@ -27,7 +30,8 @@ def test_of_ranks_that_end_together_the_one_that_caused_it_is_suspected() -> Non
 
 def test_a_users_mistake_on_any_rank_is_one() -> None:
     said = ["srun: error: n1: task 0: Exited with exit code 2\n", "srun: error: n2: task 1: Exited with exit code 1\n"]
-    assert read_srun(2, said).code == 2
+    assert read_srun(1, said).code == 2
+    assert read_srun(1, said[1:]).code == 1
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,21 @@ def attempt(step: int, outcome: Outcome | None, reached: int | None = None) -> l
 )
 def test_failures_in_a_row_by_hand(attempts: list[Start | End], now: int, failures: int) -> None:
     assert failures_in_a_row(attempts, now) == failures
+
+
+def test_whoever_reads_a_job_folder_while_it_is_written_reads_whole_files(tmp_path: Path) -> None:
+    """A file that is open already stays as it was; the next who opens it sees the new one."""
+    job = JobFolder(tmp_path)
+    first, second = (Submission(kind="slurm", id=number, log=tmp_path / "log") for number in ("7", "8"))
+    job.submitted(first)
+    job.record(Start(attempt=1, time=0.0, step=0, nodes=("n1",)))
+    with job.submission_file.open() as submission, job.attempts_file.open() as attempts:
+        job.submitted(second)
+        job.record(Start(attempt=2, time=1.0, step=0, nodes=("n1",)))
+        assert Submission.model_validate_json(submission.read()) == first
+        assert len(attempts.readlines()) == 1
+    assert job.submission() == second
+    assert [event.attempt for event in job.attempts()] == [1, 2]
 
 
 def test_ranks_find_their_place_in_slurms_environment() -> None:

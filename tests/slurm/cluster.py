@@ -1,4 +1,4 @@
-"""A real SLURM of its own on one machine: four nodes, two partitions, own ports, own keys; nothing is left behind."""
+"""A real SLURM of its own on one machine: four nodes, three partitions, own ports, own keys; nothing is left behind."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 NODES = ("n1", "n2", "n3", "n4")
 GPUS_PER_NODE = 4
+HIDDEN = "secret"  # a partition that only root sees
 
 CONF = """
 ClusterName=loglinear
@@ -54,6 +55,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 {nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=5 MaxTime=600 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=600 State=UP
+PartitionName={hidden} Nodes=n4 Hidden=YES PreemptMode=OFF MaxTime=600 State=UP
 """
 
 
@@ -173,7 +175,7 @@ class Cluster:
             f" RealMemory=8000 Gres=gpu:{GPUS_PER_NODE} State=UNKNOWN"
             for node, port in zip(NODES, ports, strict=True)
         )
-        text = CONF.format(folder=self.folder, controller_port=self._controller_port, nodes=nodes)
+        text = CONF.format(hidden=HIDDEN, folder=self.folder, controller_port=self._controller_port, nodes=nodes)
         Path(self.environment["SLURM_CONF"]).write_text(text)
 
     def _munge_options(self) -> list[str]:

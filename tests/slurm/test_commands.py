@@ -119,7 +119,7 @@ def test_a_node_that_computes_wrongly_is_named_and_avoided(launcher: Launcher) -
     ("changes", "sentence"),
     [
         ({"sbatch": {"licenses": "gold:1"}}, "SLURM refuses the job: "),
-        ({"partition": "fast"}, "there is no partition 'fast': this cluster has high, low"),
+        ({"partition": "fast"}, "there is no partition 'fast': this cluster has high, low, secret"),
         ({"gpus_per_node": 5}, "gpus_per_node (5) is more than a node of any partition here has (4)"),
         ({"nodes": 5}, "nodes (5) is more than any partition here has (4)"),
         ({"minutes": 601, "partition": "low"}, "minutes (601) is more than partition low allows (600)"),
@@ -145,7 +145,8 @@ def test_what_slurm_would_not_take_is_told_before_it_is_submitted(
 def test_dry_run_prints_the_script_and_submits_nothing(launcher: Launcher, cluster: Cluster, tmp_path: Path) -> None:
     before = cluster.command("squeue", "-h", "-t", "all", "-o", "%i")
     changes = {"gpus_per_node": 4, "partition": "high", "exclude": ["n4"], "minutes": 30}
-    more = {"setup": ["module() { :; }", "module load cuda"], "sbatch": {"comment": "two words"}}
+    names = {"account": "ours", "qos": "long", "cpus_per_rank": 2}
+    more = names | {"setup": ["module() { :; }", "module load cuda"], "sbatch": {"comment": "two words"}}
     run_file, cluster_file = launcher.write("dry", launcher.config("dry", train={"micro_batch": 1}), **changes, **more)
     done = loglinear("submit", run_file, "--cluster", cluster_file, "--dry-run", "run.seed=9")
     assert done.returncode == 0, done.stderr
@@ -156,11 +157,15 @@ def test_dry_run_prints_the_script_and_submits_nothing(launcher: Launcher, clust
         "ntasks-per-node": "1",
         "gpus-per-node": "4",
         "partition": "high",
+        "account": "ours",
+        "qos": "long",
+        "cpus-per-task": "2",
         "exclude": "n4",
         "time": "30",
         "signal": "USR2@60",
         "comment": "two words",
     }.items()
+    assert "wckey" not in options, "which submitit sets by itself, and some clusters refuse"
     assert "#SBATCH --requeue\n" in script
     assert "\nmodule load cuda\n" in script
     assert "\nexport OMP_NUM_THREADS=1\n" in script

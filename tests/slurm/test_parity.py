@@ -18,8 +18,10 @@ pytestmark = pytest.mark.slurm
 
 
 def test_two_nodes_of_two_ranks_give_what_torchrun_gives_on_four(launcher: Launcher) -> None:
+    """Also where sbatch exports nothing, as some clusters have it."""
     length = {"train": {"steps": STEPS}, "eval": {"every": 6}}
-    run = launcher.submit("slurm", launcher.config("slurm", **length), nodes=2, ranks_per_node=2, gpus_per_node=2)
+    place = {"nodes": 2, "ranks_per_node": 2, "gpus_per_node": 2}
+    run = launcher.submit("slurm", launcher.config("slurm", **length), **place, sbatch={"export": "NONE"})
     run.wait_until_finished()
     config, _ = launcher.write("torchrun", launcher.config("torchrun", **length))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]

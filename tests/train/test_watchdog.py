@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,6 +18,8 @@ from data_pipeline.prepared import fingerprint
 from loglinear.config import Config, DataConfig
 from loglinear.errors import UserError
 from loglinear.parallel import start_world
+from loglinear.train import preflight as preflight_module
+from loglinear.train import watchdog as watchdog_module
 from loglinear.train.preflight import FailedNodes, Health, preflight, report, require_agreement
 from loglinear.train.watchdog import EXIT_HUNG, Watchdog
 from tests.processes import exit_codes, start_ranks
@@ -42,6 +47,7 @@ def test_a_hung_collective_ends_with_the_stack_of_every_rank(tmp_path: Path) -> 
 
 
 def beat_slowly() -> None:
+    watchdog_module.SPARE_SECONDS = 0.5  # so that both watchdogs would strike
     with Watchdog(2.0) as watchdog:
         for _ in range(4):
             watchdog.beat("sleeping")
@@ -55,16 +61,33 @@ def test_a_rank_that_makes_progress_or_rests_is_left_alone() -> None:
     assert exit_codes(start_ranks(1, beat_slowly)) == [0]
 
 
-def preflight_that_reports(log: Path, differs: bool, is_broken: bool) -> None:
-    """Rank 1 runs another seed, or multiplies wrongly."""
+def multiply_wrongly() -> None:
+    right = torch.mm
+    torch.mm = lambda a, b: right(a, b) + 100
+
+
+def add_up_wrongly() -> None:
+    right = dist.all_reduce
+    dist.all_reduce = lambda values: (right(values), values.__setitem__(7, 0.0))
+
+
+def run_other_code() -> None:
+    preflight_module.git_revision = lambda: "0123abc"
+
+
+def run_another_torch() -> None:
+    right = importlib.metadata.version
+    importlib.metadata.version = lambda name: "1.0" if name == "torch" else right(name)
+
+
+def preflight_that_reports(log: Path, fault: Callable[[], None] | None, seeds: tuple[int, int]) -> None:
+    """Something is wrong with rank 1."""
     world = start_world()
     os.environ["SLURMD_NODENAME"] = f"node{world.rank}"
-    seed = 7 if differs and world.rank == 1 else 0
-    if is_broken and world.rank == 1:
-        right = torch.mm
-        torch.mm = lambda a, b: right(a, b) + 100
+    if fault and world.rank == 1:
+        fault()
     try:
-        said = preflight(Config.model_validate({"run": {"seed": seed}}), world)
+        said = preflight(Config.model_validate({"run": {"seed": seeds[world.rank]}}), world)
     except (UserError, FailedNodes) as error:
         said = f"{type(error).__name__}: {error}"
     (log / str(world.rank)).write_text(said)
@@ -72,8 +95,10 @@ def preflight_that_reports(log: Path, differs: bool, is_broken: bool) -> None:
     world.close()
 
 
-def preflight_of_two(folder: Path, differs: bool = False, is_broken: bool = False) -> list[str]:
-    assert exit_codes(start_ranks(2, preflight_that_reports, folder, differs, is_broken)) == [0, 0]
+def preflight_of_two(
+    folder: Path, fault: Callable[[], None] | None = None, seeds: tuple[int, int] = (0, 0)
+) -> list[str]:
+    assert exit_codes(start_ranks(2, preflight_that_reports, folder, fault, seeds)) == [0, 0]
     return [(folder / str(rank)).read_text() for rank in (0, 1)]
 
 
@@ -85,20 +110,34 @@ def test_equal_ranks_pass_the_preflight(tmp_path: Path) -> None:
 
 def test_a_slow_node_is_named() -> None:
     seconds = {"n1": 0.010, "n2": 0.011, "n3": 0.025, "n4": 0.009}
-    line = report([Health(node, time, True) for node, time in seconds.items()], 4096, 0.001)
+    line = report([Health(node, time, True, True) for node, time in seconds.items()], 4096, 0.001)
     assert "a matrix product of 4096 takes 9.00 to 25.00 ms, an all-reduce of 1 MiB 1.00 ms." in line
     assert line.endswith(" Slow: n3 (2.4 times the median).")
 
 
 def test_ranks_with_other_configurations_are_named_by_all(tmp_path: Path) -> None:
-    first, second = preflight_of_two(tmp_path, differs=True)
+    first, second = preflight_of_two(tmp_path, seeds=(0, 7))
     assert first == second
     assert first.startswith("UserError: rank 1 on node1 has configuration hash ")
 
 
 def test_a_node_that_computes_wrongly_is_named_by_all(tmp_path: Path) -> None:
-    first, second = preflight_of_two(tmp_path, is_broken=True)
+    first, second = preflight_of_two(tmp_path, multiply_wrongly)
     assert first == second == "FailedNodes: preflight: wrong results of a matrix product on node1; use other nodes"
+
+
+def test_a_node_where_the_sum_over_ranks_arrives_wrong_is_named_by_all(tmp_path: Path) -> None:
+    first, second = preflight_of_two(tmp_path, add_up_wrongly)
+    assert first == second == "FailedNodes: preflight: wrong results of a sum over all ranks on node1; use other nodes"
+
+
+@pytest.mark.parametrize(
+    ("fault", "fact"), [(run_other_code, "code revision 0123abc"), (run_another_torch, "torch 1.0")]
+)
+def test_ranks_that_run_other_code_are_named_by_all(fault: Callable[[], None], fact: str, tmp_path: Path) -> None:
+    first, second = preflight_of_two(tmp_path, fault)
+    assert first == second
+    assert first.startswith(f"UserError: rank 1 on node1 has {fact}, but rank 0 on node0 has ")
 
 
 def agree_on_data(log: Path, folders: list[DataConfig]) -> None:
