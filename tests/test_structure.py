@@ -21,7 +21,7 @@ from loglinear.config import load_config
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("loglinear", "data_pipeline", "launch")
 # Each may import those before it.
-CONFIG = ["config_section", "config_text", "config_data", "config"]
+CONFIG = ["config_section", "config_text", "config_data", "config_model", "config"]
 FLOW = ["errors", "checkpoint_folders", *CONFIG, "ops", "model", "parallel", "checkpoint", "train"]
 FLOW += ["hf", "experiments", "launch"]
 FRONT_DOOR = {"loglinear.cli", "loglinear.__main__"}
