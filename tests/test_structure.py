@@ -278,18 +278,6 @@ def test_every_marker_is_registered_and_asked_for_what_it_needs() -> None:
     assert registered == {"gpu", "slurm"}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_documents_name_only_what_exists(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
-    files = set(
-        re.findall(r"\b(?:configs|docker|docs|launch|tests|loglinear|data_pipeline)/[\w/.]*\.(?:yaml|md|py|png)", text)
-    )
-    assert files
-    assert not {file for file in files if not (ROOT / file).exists()}
-
-
 def test_the_readme_names_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert {"make quickstart", "make test"} <= set(readme)

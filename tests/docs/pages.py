@@ -17,20 +17,30 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def read(page: Path | str) -> str:
+    """The text of a page."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def parts(text: str) -> dict[str, str]:
+    """The text below every heading of the second level."""
+    found = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    return dict(zip(found[1::2], found[2::2], strict=True))
+
+
+def blocks(text: str, language: str) -> list[str]:
     """The blocks of code in `language`, from the first to the last."""
-    return [text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+    return [code for kind, code in BLOCK.findall(text) if kind == language]
 
 
-def spans(page: Path) -> list[str]:
-    """What stands between backticks in the text, each on one line."""
-    prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+def spans(text: str) -> list[str]:
+    """What stands between backticks outside blocks, each on one line."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
 
 
-def shell_commands(page: Path) -> Iterator[list[str]]:
+def shell_commands(text: str) -> Iterator[list[str]]:
     """Every command of the blocks of shell, in words; comments are left out."""
-    for block in blocks(page, "sh"):
+    for block in blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:

@@ -12,9 +12,9 @@ from launch.reference import descriptions, reference
 from launch.sweep import SweepConfig
 from loglinear.config import Config, TrainConfig
 from loglinear.config_text import sections
-from tests.docs.pages import ROOT
+from tests.docs.pages import read
 
-PAGE = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+PAGE = read("docs/config.md")
 SECTIONS = {section for root in (Config, ClusterConfig, SweepConfig) for _, section in sections(root)} - {Config}
 
 
