@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: help install quickstart test test-gpu test-slurm test-browser lint
+.PHONY: help install quickstart test test-gpu test-slurm test-browser lint docs
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made.
@@ -35,8 +35,13 @@ lint: $(VENV)/dev.stamp  ## Check style and formatting (ruff), types (pyright), 
 	$(BIN)/pyright
 	$(BIN)/hadolint docker/Dockerfile*
 
+docs: $(VENV)/docs.stamp  ## Build the documentation's site into build/site; a link that leads nowhere is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "The site begins at build/site/index.html."
+
 # A stamp says that an installation succeeded, and is older than pyproject.toml once that changes.
 $(VENV)/run.stamp: EXTRA :=
+$(VENV)/docs.stamp: EXTRA := [docs]
 $(VENV)/test.stamp: EXTRA := [test]
 $(VENV)/browser.stamp: EXTRA := [browser]
 $(VENV)/dev.stamp: EXTRA := [dev]

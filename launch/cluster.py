@@ -18,7 +18,13 @@ PREFIX = "cluster."  # of overrides that change the cluster instead of the run
 
 
 class ContainerConfig(Section):
-    """The image that ranks run in: through SLURM's pyxis plugin, or Apptainer; `mounts` are `outside:inside`."""
+    """The image that ranks run in.
+
+    image: as the runtime names it.
+    runtime: SLURM's pyxis plugin, or Apptainer.
+    mounts: folders as outside:inside.
+    python: the image's Python.
+    """
 
     image: str
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
@@ -30,16 +36,25 @@ class ClusterConfig(Section):
     """A part of a cluster, or this machine; names are sbatch's where there is such an option.
 
     kind: slurm, or local for processes of this machine.
-    nodes, gpus_per_node, ranks_per_node: ranks_per_node is gpus_per_node if not given, and 1 without GPUs.
-    cpus_per_rank, partition, account, qos, constraint, exclude: as SLURM's administrator named them.
+    nodes: number of nodes.
+    gpus_per_node: GPUs of each node; 0 trains on CPUs.
+    ranks_per_node: gpus_per_node if not given, and 1 without GPUs.
+    cpus_per_rank: cores of each rank; SLURM's default if not given.
+    partition: a part of the cluster, as its administrator named it.
+    account: the account that the job is charged to.
+    qos: the job's quality of service.
+    constraint: features that the nodes must have.
+    exclude: nodes that the job must not get.
     minutes: the time limit of a job; a run that takes longer is continued in the next.
     save_seconds: how long before the limit the run is told to save.
     max_restarts: this many failures in a row without a new checkpoint end the run.
     exclude_bad_nodes: whether nodes that fail are avoided when the run starts again.
-    container: an image for the ranks; without one, `python`, by default the Python that submits.
+    container: an image for the ranks.
+    python: the Python of the ranks where there is no container; the one that submits if not given.
     setup: lines of shell before the ranks start, such as `module load cuda`.
     environment: variables for the ranks, such as NCCL's settings.
-    sbatch, srun: further options, such as `reservation: big`, written without dashes in front.
+    sbatch: further options, such as `reservation: big`, written without dashes in front.
+    srun: the same for the command that starts the ranks.
     """
 
     kind: Literal["slurm", "local"] = "slurm"

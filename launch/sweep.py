@@ -28,7 +28,8 @@ LONGEST_NAME = 120
 class SweepConfig(Section):
     """Runs of one configuration that differ in `overrides`.
 
-    name: of the sweep; dir: its folder, by default runs/`name`, where each run has a folder of its own.
+    name: of the sweep.
+    dir: its folder, where each run has a folder of its own; runs/`name` if not given.
     config: the run that all are variants of.
     grid: settings and their values, of which every combination is a run.
     runs: or the combinations themselves, by the names of the runs.

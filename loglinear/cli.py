@@ -38,10 +38,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+config_app = typer.Typer(help="Say what can be configured.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(config_app, name="config")
 app.command()(experiment)
 app.add_typer(launch_app)
 
@@ -157,6 +159,14 @@ def generate(
     from loglinear.train.inference import generate_text
 
     generate_text(run_dir, prompt, tokens, temperature, seed, tensor)
+
+
+@config_app.command()
+def reference() -> None:
+    """Print every setting of runs, clusters and sweeps with its meaning: docs/config.md."""
+    from launch.reference import reference as text
+
+    typer.echo(text(), nl=False)
 
 
 @data_app.command()

@@ -14,6 +14,14 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from loglinear.config_data import DataConfig, SourceConfig, StageConfig, TokenizerConfig
+from loglinear.config_model import (
+    BeyondName,
+    LevelScaleName,
+    LogLinearConfig,
+    MixerName,
+    ModelConfig,
+    SoftmaxConfig,
+)
 from loglinear.config_section import NAME_PATTERN, Section
 from loglinear.config_text import apply_override, explain, read_yaml
 from loglinear.errors import UserError
@@ -45,15 +53,15 @@ __all__ = [
 
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = typing.Annotated[float, Field(ge=0.0, lt=1.0)]
-LevelScaleName = Literal["none", "static", "scaled", "linear", "mlp", "mlp_token", "mlp_softmax", "mlp_masked_softmax"]
-MixerName = Literal["log_linear", "softmax"]
-BeyondName = Literal["error", "clamp", "extend", "one"]  # what levels get that were never trained
 
 
 class RunConfig(Section):
-    """What a run is called, where it writes (`dir`, by default runs/`name`), and what its weights start from.
+    """What a run is called, where it writes, and what its weights start from.
 
-    `init_from` is what `loglinear export` wrote, of either format; without it they are drawn from `seed`.
+    name: of the run, and of its folder.
+    dir: the folder that the run writes to; runs/`name` if not given.
+    seed: of the weights at the start, and of texts that are generated; the order of the data has its own.
+    init_from: weights that `loglinear export` wrote, in either format; without it they are drawn from `seed`.
     """
 
     name: str = "run"
@@ -76,70 +84,15 @@ class RunConfig(Section):
         return self.dir or Path("runs") / self.name
 
 
-class LogLinearConfig(Section):
-    """A log-linear mixer: H value heads of size P, G query/key groups of state size N."""
-
-    heads: PositiveInt = 8
-    head_dim: PositiveInt = 64
-    groups: PositiveInt = 1
-    state_dim: PositiveInt = 64
-    conv_width: PositiveInt = 4
-    level_scale: LevelScaleName = "mlp"
-    level_scale_hidden: PositiveInt = 64
-    beyond_trained_levels: BeyondName = "clamp"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.heads % self.groups:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of groups ({self.groups})")
-        return self
-
-
-class SoftmaxConfig(Section):
-    """A softmax attention mixer with rotary positions."""
-
-    heads: PositiveInt = 4
-    head_dim: PositiveInt = 64
-    rope_base: float = Field(default=10_000.0, gt=1.0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even, for rotary positions")
-        return self
-
-
-class ModelConfig(Section):
-    """A decoder: `layers` blocks whose mixers repeat `pattern`, trained on sequences of `seq_len` tokens.
-
-    With `mlp_dim` 0 a block is its mixer alone, as in studies of recall.
-    """
-
-    vocab_size: PositiveInt = 4096
-    seq_len: PositiveInt = 512
-    dim: PositiveInt = 256
-    layers: PositiveInt = 4
-    pattern: tuple[MixerName, ...] = Field(default=("log_linear",), min_length=1)
-    log_linear: LogLinearConfig = LogLinearConfig()
-    softmax: SoftmaxConfig = SoftmaxConfig()
-    mlp_dim: int = Field(default=768, ge=0)
-    tie_embeddings: bool = True
-    norm_eps: float = Field(default=1e-5, gt=0)
-    init_std: float = Field(default=0.02, gt=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if len(self.pattern) > self.layers:
-            raise ValueError(f"pattern names {len(self.pattern)} mixers, but there are only {self.layers} layers")
-        return self
-
-    def mixer_of(self, layer: int) -> MixerName:
-        """The mixer of layer `layer` (0-based): the pattern is repeated along the depth."""
-        return self.pattern[layer % len(self.pattern)]
-
-
 class OptimizerConfig(Section):
-    """AdamW; weight decay acts on matrices alone."""
+    """AdamW.
+
+    lr: the peak learning rate.
+    betas: decay of the two moments.
+    eps: added to the root of the second moment.
+    weight_decay: acts on matrices alone.
+    clip_norm: the norm that the whole gradient is clipped to.
+    """
 
     lr: float = Field(default=1e-3, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -149,7 +102,13 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up to the peak, then a cosine to `final_ratio`, or constant with a linear decay at the end (WSD)."""
+    """The learning rate: linear warm-up to the peak, then down.
+
+    kind: cosine over all steps after the warm-up, or wsd: constant, with a linear decay at the end.
+    warmup_steps: steps of the warm-up.
+    decay_steps: steps of wsd's final decay.
+    final_ratio: the last learning rate, as a share of the peak.
+    """
 
     kind: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
@@ -166,9 +125,16 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    """Batches count sequences: `global_batch` over all ranks, `micro_batch` in one pass of one rank.
+    """Steps and batches, which count sequences; precision and memory.
 
-    A rank that finishes no step, evaluated batch or save for `hang_seconds` reports where it is, and ends.
+    steps: steps of the whole run.
+    global_batch: sequences of a step, over all ranks.
+    micro_batch: sequences in one pass of one rank.
+    precision: of weights and activations; with bf16 the optimizer keeps fp32 weights beside them.
+    zero_stage: what ranks share instead of repeating it: 1 the optimizer's state, 2 gradients too, 3 weights too.
+    activation_checkpointing: whether blocks are computed again in the backward pass instead of being kept.
+    peak_tflops: dense bf16 TFLOP/s of the device, for utilisation; known for common GPUs, measured on a CPU.
+    hang_seconds: a rank that finishes no step, evaluated batch or save for so long reports where it is, and ends.
     """
 
     steps: PositiveInt = 1000
@@ -204,9 +170,11 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How many ranks share a model replica: `tensor` split its weights, `context` its sequences.
+    """How many ranks share a model replica. All other ranks are data-parallel.
 
-    With `sequence`, the tensor ranks also split norms and residuals along time. All other ranks are data-parallel.
+    tensor: ranks that split the weights.
+    context: ranks that split the sequences.
+    sequence: whether the tensor ranks also split norms and residuals along time.
     """
 
     tensor: PositiveInt = 1
@@ -215,7 +183,13 @@ class ParallelConfig(Section):
 
 
 class EvalConfig(Section):
-    """Held-out evaluation every `every` steps on at most `samples` sequences, and a text continued from `prompt`."""
+    """Held-out evaluation during training.
+
+    every: steps from one evaluation to the next.
+    samples: sequences to evaluate on, at most.
+    prompt: a text that the model continues after each evaluation.
+    generate_tokens: how many tokens it is continued by; 0 for none.
+    """
 
     every: PositiveInt = 250
     samples: PositiveInt = 256
@@ -224,9 +198,11 @@ class EvalConfig(Section):
 
 
 class MonitorConfig(Section):
-    """TensorBoard: scalars every `every` steps, level-scale statistics every `levels_every`.
+    """What is written for TensorBoard, and for others.
 
-    `wandb` names a project of Weights & Biases that gets the same scalars.
+    every: steps from one record of scalars to the next.
+    levels_every: steps from one record of lambda's statistics to the next.
+    wandb: a project of Weights & Biases that gets the same scalars.
     """
 
     every: PositiveInt = 10
@@ -235,9 +211,11 @@ class MonitorConfig(Section):
 
 
 class StabilityConfig(Section):
-    """A step is refused if its loss or gradient norm is not finite, or a spike: `spike` robust deviations above the
-    median of the last `window` steps. After `rollback_after` refusals in a row the run goes back to its last checkpoint
-    and on with later data.
+    """A step is refused if its loss or gradient norm is not finite, or a spike.
+
+    window: steps that a new one is compared with.
+    spike: robust deviations above their median that are a spike.
+    rollback_after: refusals in a row after which the run goes back to its last checkpoint and on with later data.
     """
 
     window: int = Field(default=128, ge=8)
@@ -246,7 +224,12 @@ class StabilityConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Saved every `every` steps; the last `keep_last` are kept, and those whose step is a multiple of `keep_every`."""
+    """When checkpoints are saved, and which are kept.
+
+    every: steps from one checkpoint to the next.
+    keep_last: how many of the last ones are kept.
+    keep_every: those whose step is a multiple of it are kept too.
+    """
 
     every: PositiveInt = 250
     keep_last: PositiveInt = 2

@@ -21,12 +21,18 @@ SOURCE_OPTIONS = {  # which kinds of source each of these belongs to
 
 
 class SourceConfig(Section):
-    """Where documents come from.
+    """Where documents come from. In a mixture every source has a name and a weight.
 
-    `hub`: a dataset's name in `path`, streamed; `jsonl`, `parquet`, `arrow`, `text`: a file or a glob, here or at a
-    URL (http, s3, gs), compressed or not; `folder`: every file below `path` that matches `pattern`; `stdlib`: the
-    running Python's own source. In a mixture a source has a `name`, a `weight`, and perhaps a `max_epochs`, after
-    so many passes over it the others share its place.
+    kind: hub is a dataset of the Hugging Face hub, streamed; jsonl, parquet, arrow and text are files, compressed or
+        not; folder is every file below a folder that matches `pattern`; stdlib the running Python's own source.
+    path: the dataset's name, the folder, or a file or a glob, here or at a URL (http, s3, gs).
+    pattern: of a folder: the glob that its files match.
+    subset: of a hub dataset: its configuration.
+    split: of a hub dataset.
+    text_field: the field or column that holds the text.
+    name: of a source in a mixture, and of its folder below data.dir.
+    weight: its share of a mixture, relative to the other weights.
+    max_epochs: passes over it, after which the other sources of a mixture share its place.
     """
 
     kind: Literal["hub", "jsonl", "parquet", "arrow", "text", "folder", "stdlib"]
@@ -56,10 +62,11 @@ class SourceConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """A sentencepiece model or a Hugging Face tokenizer.json in `path`, or a sentencepiece model that is trained on
-    the first `train_bytes` bytes of the sources.
+    """A tokenizer that is given, or one that is trained here.
 
-    `bos` names the piece that starts a document, where a tokenizer.json does not tell it.
+    path: a sentencepiece model or a Hugging Face tokenizer.json; without it a sentencepiece model is trained.
+    bos: the piece that starts a document, where a tokenizer.json does not tell it.
+    train_bytes: bytes of the sources' first documents that a tokenizer is trained on.
     """
 
     path: Path | None = None
@@ -74,10 +81,12 @@ class TokenizerConfig(Section):
 
 
 class StageConfig(Section):
-    """What changes from step `from_step` (counted from 0) on; what is not given stays as it was.
+    """What changes from a step on; what is not given stays as it was.
 
-    `weights` are those of all sources, by name: one that is not among them is left out. `seq_len` is the longest
-    sequence: rows still have model.seq_len tokens, but hold several sequences that know nothing of each other.
+    from_step: the first step of the stage, counted from 0.
+    weights: of all sources, by name; a source that is not among them is left out.
+    seq_len: the longest sequence; rows still have model.seq_len tokens, but hold several sequences that know nothing
+        of each other.
     """
 
     from_step: int = Field(ge=0)
@@ -92,11 +101,20 @@ class StageConfig(Section):
 
 
 class DataConfig(Section):
-    """Prepared token shards in `dir`, made from `sources`, one after the other or mixed by their weights.
+    """Token shards, made from the sources, and how samples are read from them.
 
-    Documents whose hash falls under `held_out` are kept for evaluation. With `best_fit`, which must equal
-    model.seq_len, documents are packed into rows of so many tokens such that few are cut. `contiguous` samples
-    that follow each other in the text follow each other in training.
+    dir: the folder of the token shards.
+    sources: what they are made from: one after the other, or mixed by their weights.
+    curriculum: stages of a mixture or of the length of sequences.
+    tokenizer: what turns text into tokens.
+    held_out: share of documents, chosen by their hash, that is kept for evaluation.
+    best_fit: equal to model.seq_len, it packs documents into rows of so many tokens such that few are cut.
+    shard_tokens: tokens of a shard, at least.
+    prepare_workers: processes that tokenise; they do not change the result.
+    seed: of the order of the data.
+    shuffle_window: samples that are shuffled among each other.
+    contiguous: so many samples that follow each other in the text follow each other in training.
+    loader_workers: processes of each rank that load batches; with 0 the rank does it itself.
     """
 
     dir: Path = Path("data/prepared")

@@ -81,6 +81,15 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     return f"{name} = {shown if len(shown) < 60 else type(problem['input']).__name__}: {message}"
 
 
+def sections(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    """Every section of a configuration with its keys from the top; a list's items are a section, too."""
+    yield path, section
+    for name, field in section.model_fields.items():
+        for annotation in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from sections(annotation, (*path, name))
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe subset, in which a key that stands twice is an error instead of silently the last."""
 
@@ -96,22 +105,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _nearest(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     """A hint: the known key most like the unknown one at `location`."""
     place = tuple(part for part in location[:-1] if isinstance(part, str))
-    siblings = next((section.model_fields for path, section in _sections(root) if path == place), {})
+    siblings = next((section.model_fields for path, section in sections(root) if path == place), {})
     near = {name: ".".join(map(str, (*location[:-1], name))) for name in siblings}
-    known = {name: ".".join((*path, name)) for path, section in _sections(root) for name in section.model_fields}
+    known = {name: ".".join((*path, name)) for path, section in sections(root) for name in section.model_fields}
     for names, likeness in ((near, 0.6), (known, 0.6), (near, 0.5)):  # lr and rl are alike by 0.5
         match = difflib.get_close_matches(str(location[-1]), names, 1, likeness)
         if match:
             return f"did you mean {names[match[0]]!r}?"
     return f"known there: {', '.join(siblings)}" if siblings else "leave it out"
-
-
-def _sections(
-    section: type[BaseModel], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
-    """Every section of the configuration with its dotted path."""
-    yield path, section
-    for name, field in section.model_fields.items():
-        for annotation in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                yield from _sections(annotation, (*path, name))

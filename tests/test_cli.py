@@ -49,7 +49,7 @@ def refusal(folder: Path, *arguments: str | Path) -> str:
     [
         *([], ["train"], ["plan"], ["profile"], ["eval"], ["export"], ["generate"], ["data"], ["data", "prepare"]),
         *(["bench", name] for name in ("kernels", "decode", "model")),
-        *(["submit"], ["jobs"], ["logs"], ["cancel"], ["sweep"], ["experiment"]),
+        *(["submit"], ["jobs"], ["logs"], ["cancel"], ["sweep"], ["experiment"], ["config", "reference"]),
     ],
 )
 def test_help_of_every_command(tmp_path: Path, command: list[str]) -> None:
