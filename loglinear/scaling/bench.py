@@ -65,16 +65,23 @@ def bench_scaling(
     attempts = count(1)
     for size, group in groupby(todo, key=lambda task: task.ranks):
         _measure(list(group), cluster_of(size), out, results, attempts)
+        _report(results, out)
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
     name = f"recovery/{configs[0].run.name} on {ranks}"
     if "recovery" in parts and name not in results.read():
         with console.status("recovery: training, and killing a rank"):
             _recover(name, configs[0], lengths[0], cluster_of(ranks), out, results)
+    text = _report(results, out)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {results.file}, scaling.md and scaling.png", highlight=False)
+
+
+def _report(results: Results, out: Path) -> str:
+    """Write the tables and the plot; the tables."""
     text = markdown(results)
     (out / "scaling.md").write_text(text, encoding="utf-8")
     draw(out / "scaling.png", results)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written: {results.file}, scaling.md and scaling.png", highlight=False)
+    return text
 
 
 def cluster_of(ranks: int) -> ClusterConfig:

@@ -143,6 +143,7 @@ def test_exposed_communication_is_what_no_other_kernel_hides() -> None:
     events = [{"cat": "kernel", "name": name, "ts": start, "dur": length} for name, start, length in kernels]
     events += [{"cat": "gpu_user_annotation", "name": "nccl:all_reduce", "ts": 0, "dur": 100}, {"name": "process"}]
     assert communication(events) == pytest.approx((8e-6, 6e-6))
+    assert communication(events[4:]) is None
 
 
 def test_mistakes_are_told_before_ranks_start(tmp_path: Path) -> None:
