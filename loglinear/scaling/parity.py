@@ -6,6 +6,8 @@ Shapes: b batch, t time, v vocabulary.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,13 +71,12 @@ class Case:
 
 
 def grids(ranks: int) -> list[tuple[int, int, int]]:
-    """Every mesh of `ranks` ranks, a power of two, that the tiny model and batch divide over."""
-    sizes = [1 << power for power in range(ranks.bit_length())]
+    """Every mesh of `ranks` ranks that the tiny model and batch divide over."""
+    sizes = range(1, ranks + 1)
     return [
-        (data, context, ranks // data // context)
-        for data in sizes
-        for context in sizes
-        if data <= SAMPLES and data * context <= ranks and ranks // data // context <= HEADS
+        mesh
+        for mesh in itertools.product(sizes, sizes, sizes)
+        if math.prod(mesh) == ranks and not (SAMPLES % mesh[0] or SEQ_LEN % mesh[1] or HEADS % mesh[2])
     ]
 
 
