@@ -61,7 +61,8 @@ def bench_scaling(
     ranks = ranks or torch.cuda.device_count() or RANKS_WITHOUT_GPUS
     tasks = make_tasks(configs, parts, lengths, tokens, ranks)
     todo = _without_results(tasks, results)
-    shutil.rmtree(out / "ranks", ignore_errors=True)
+    for stale in ("ranks", CHECKPOINT):
+        shutil.rmtree(out / stale, ignore_errors=True)
     attempts = count(1)
     for size, group in groupby(todo, key=lambda task: task.ranks):
         _measure(list(group), cluster_of(size), out, results, attempts)
@@ -93,10 +94,10 @@ def cluster_of(ranks: int) -> ClusterConfig:
 
 def _without_results(tasks: list[Task], results: Results) -> list[Task]:
     """Tasks that have no result yet; what was saved is gone, so resharding is done as a whole."""
+    reshard = {task.name for task in tasks if task.kind in ("save", "load")}
+    if not reshard <= results.read().keys():
+        results.drop(reshard)
     names = results.read().keys()
-    if any(task.name not in names for task in tasks if task.kind == "load"):
-        results.drop("reshard/")
-        names = results.read().keys()
     return [task for task in tasks if task.name not in names]
 
 

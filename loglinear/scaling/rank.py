@@ -60,13 +60,14 @@ def _do(task: Task, meshes: Meshes, folder: Path, results: Results) -> Result:
     if task.kind == "save":
         return reshard.save(task, meshes, folder / CHECKPOINT)
     if task.kind == "load":
-        saved = meshes.world.from_first(_saved(results) if meshes.world.rank == 0 else None)
+        saved = meshes.world.from_first(_saved(task, results) if meshes.world.rank == 0 else None)
         return reshard.load(task, meshes, folder / CHECKPOINT, saved)
     return speed.measure(task, meshes)
 
 
-def _saved(results: Results) -> Result:
-    return next(result for name, result in results.read().items() if name.startswith("reshard/save"))
+def _saved(task: Task, results: Results) -> Result:
+    prefix = f"reshard/save {task.config.run.name},"
+    return next(result for name, result in results.read().items() if name.startswith(prefix))
 
 
 def _about(world: World) -> dict[str, str | int]:

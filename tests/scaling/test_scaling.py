@@ -59,10 +59,11 @@ def test_all_is_measured_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (parity["cases"], parity["found"]) == (11, [])
         assert 0 < parity["largest"] <= 1
 
-    saved = found["reshard/save DP ZeRO-1 on 2"]
+    saved = found["reshard/save tiny, DP ZeRO-1 on 2"]
     assert saved["fall"] > 0.1
     loads = {name: result for name, result in found.items() if name.startswith("reshard/load")}
-    assert [*loads] == [*(f"reshard/load {name} on 2" for name in LAYOUTS), "reshard/load DP ZeRO-1 on 1"]
+    places = [*(f"{name} on 2" for name in LAYOUTS), "DP ZeRO-1 on 1"]
+    assert [*loads] == [f"reshard/load tiny, {place}" for place in places]
     for result in loads.values():
         assert result["agrees"]
         torch.testing.assert_close(result["losses"], saved["losses"], rtol=0, atol=1e-5)
