@@ -298,7 +298,8 @@ def bench_model_command(
 @bench_app.command(name="scaling")
 def bench_scaling_command(
     configs: Annotated[
-        list[Path], typer.Argument(help="YAML files of runs; the first is also saved, killed, ...", metavar="CONFIG...")
+        list[Path],
+        typer.Argument(help="YAML files of runs; the first is also resharded and killed.", metavar="CONFIG..."),
     ],
     out: Annotated[Path, typer.Option(help="Where the numbers go; those that are there are kept.")] = Path(
         "runs/bench-scaling"

@@ -61,20 +61,28 @@ def bench_scaling(
     ranks = ranks or torch.cuda.device_count() or RANKS_WITHOUT_GPUS
     tasks = make_tasks(configs, parts, lengths, tokens, ranks)
     todo = _without_results(tasks, results)
-    shutil.rmtree(out / "ranks", ignore_errors=True)
+    for stale in ("ranks", CHECKPOINT):
+        shutil.rmtree(out / stale, ignore_errors=True)
     attempts = count(1)
     for size, group in groupby(todo, key=lambda task: task.ranks):
         _measure(list(group), cluster_of(size), out, results, attempts)
+        _report(results, out)
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
     name = f"recovery/{configs[0].run.name} on {ranks}"
     if "recovery" in parts and name not in results.read():
         with console.status("recovery: training, and killing a rank"):
             _recover(name, configs[0], lengths[0], cluster_of(ranks), out, results)
+    text = _report(results, out)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {results.file}, scaling.md and scaling.png", highlight=False)
+
+
+def _report(results: Results, out: Path) -> str:
+    """Write the tables and the plot; the tables."""
     text = markdown(results)
     (out / "scaling.md").write_text(text, encoding="utf-8")
     draw(out / "scaling.png", results)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written: {results.file}, scaling.md and scaling.png", highlight=False)
+    return text
 
 
 def cluster_of(ranks: int) -> ClusterConfig:
@@ -86,10 +94,10 @@ def cluster_of(ranks: int) -> ClusterConfig:
 
 def _without_results(tasks: list[Task], results: Results) -> list[Task]:
     """Tasks that have no result yet; what was saved is gone, so resharding is done as a whole."""
+    reshard = {task.name for task in tasks if task.kind in ("save", "load")}
+    if not reshard <= results.read().keys():
+        results.drop(reshard)
     names = results.read().keys()
-    if any(task.name not in names for task in tasks if task.kind == "load"):
-        results.drop("reshard/")
-        names = results.read().keys()
     return [task for task in tasks if task.name not in names]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,16 +50,10 @@ class Trainer:
 
 @contextmanager
 def trainer(config: Config, mesh: Mesh, model: LanguageModel) -> Iterator[Trainer]:
-    """A trainer of this rank's part of a model; its memory is free again afterwards."""
+    """A trainer of this rank's part of a model, for as long as DeepSpeed keeps it."""
     engine = Engine(model, config, mesh, Guard(config.stability))
-    try:
-        yield Trainer(engine, config, mesh)
-    finally:
-        engine.deepspeed.destroy()
-        del engine
-        gc.collect()
-        if mesh.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+    yield Trainer(engine, config, mesh)
+    engine.deepspeed.destroy()
 
 
 def fresh_model(config: Config, mesh: Mesh) -> LanguageModel:

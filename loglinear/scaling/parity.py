@@ -6,6 +6,8 @@ Shapes: b batch, t time, v vocabulary.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,7 @@ class Case:
     groups: int = 1
     level_scale: str = "mlp"
     seq_len: int = SEQ_LEN
+    recomputes: bool = False
 
     @property
     def ranks(self) -> int:
@@ -69,13 +72,12 @@ class Case:
 
 
 def grids(ranks: int) -> list[tuple[int, int, int]]:
-    """Every mesh of `ranks` ranks, a power of two, that the tiny model and batch divide over."""
-    sizes = [1 << power for power in range(ranks.bit_length())]
+    """Every mesh of `ranks` ranks that the tiny model and batch divide over."""
+    sizes = range(1, ranks + 1)
     return [
-        (data, context, ranks // data // context)
-        for data in sizes
-        for context in sizes
-        if data <= SAMPLES and data * context <= ranks and ranks // data // context <= HEADS
+        mesh
+        for mesh in itertools.product(sizes, sizes, sizes)
+        if math.prod(mesh) == ranks and not (SAMPLES % mesh[0] or SEQ_LEN % mesh[1] or HEADS % mesh[2])
     ]
 
 
@@ -169,6 +171,7 @@ def compare(case: Case, mesh: Mesh, dtype: torch.dtype) -> Differences:
     awake(truth, 0.05 if dtype == torch.bfloat16 else 0.3)
     truth = truth.to(dtype).double()
     model = copy.deepcopy(truth).to(dtype)
+    model.activation_checkpointing = case.recomputes
     model = parallelize(model, mesh, config).to(mesh.world.device)
     documents = Documents.packed(batch.cu_seqlens, torch.device("cpu"))
     expected = truth(batch.inputs, batch.labels, documents)

@@ -6,6 +6,7 @@ started the ranks starts new ones for the tasks that are left.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -45,6 +46,9 @@ def main(folder: Path) -> None:
             if world.rank == 0:
                 write_json(folder / "ranks" / RUNNING, {"name": task.name})
             result = _do(task, meshes, folder, results)
+            gc.collect()  # engines refer to themselves, and the next one needs their memory
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
             if world.rank == 0:
                 results.add(task.name, result)
         world.close()
@@ -56,13 +60,14 @@ def _do(task: Task, meshes: Meshes, folder: Path, results: Results) -> Result:
     if task.kind == "save":
         return reshard.save(task, meshes, folder / CHECKPOINT)
     if task.kind == "load":
-        expected = meshes.world.from_first(_saved_losses(results) if meshes.world.rank == 0 else None)
-        return reshard.load(task, meshes, folder / CHECKPOINT, expected)
+        saved = meshes.world.from_first(_saved(task, results) if meshes.world.rank == 0 else None)
+        return reshard.load(task, meshes, folder / CHECKPOINT, saved)
     return speed.measure(task, meshes)
 
 
-def _saved_losses(results: Results) -> list[float]:
-    return next(result["losses"] for name, result in results.read().items() if name.startswith("reshard/save"))
+def _saved(task: Task, results: Results) -> Result:
+    prefix = f"reshard/save {task.config.run.name},"
+    return next(result for name, result in results.read().items() if name.startswith(prefix))
 
 
 def _about(world: World) -> dict[str, str | int]:

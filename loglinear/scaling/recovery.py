@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,5 +108,10 @@ def _steps(metrics: Path) -> int:
 
 def _ranks(job: JobFolder) -> list[int]:
     """The processes of the ranks, children of the supervisor, in order."""
-    command = ["pgrep", "--parent", job.submission().id]
-    return list(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
+    supervisor, ranks = job.submission().id, []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process may end at any moment
+            number, _, after = file.read_text().partition(" ")
+            if after.rpartition(")")[2].split()[1] == supervisor:
+                ranks.append(int(number))
+    return sorted(ranks)

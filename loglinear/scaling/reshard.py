@@ -15,7 +15,7 @@ from loglinear.scaling.results import Result
 from loglinear.scaling.tasks import Task
 
 BEFORE, AFTER = 3, 3  # steps
-TOLERANCE = 1e-3  # of a loss, in nats, whose fall per step is hundreds of times as large
+TOLERANCE = 0.01  # of the fall of the loss; with moments that are lost, its first step alone is off by many times that
 
 
 def save(task: Task, meshes: Meshes, folder: Path) -> Result:
@@ -44,11 +44,11 @@ def save(task: Task, meshes: Meshes, folder: Path) -> Result:
     }
 
 
-def load(task: Task, meshes: Meshes, folder: Path, expected: list[float]) -> Result:
-    """Load what another layout saved, and train on.
+def load(task: Task, meshes: Meshes, folder: Path, saved: Result) -> Result:
+    """Load what another layout saved, and train on; `saved` is what `save` returned.
 
     Returns:
-        seconds: of verifying and loading; losses; error: the largest difference from `expected`; agrees.
+        seconds: of verifying and loading; losses; error: the largest difference from those of never stopping; agrees.
     """
     config, mesh = task.config, meshes.of(task.config.parallel)
     store = CheckpointStore(folder, config.checkpoint, mesh)
@@ -61,14 +61,14 @@ def load(task: Task, meshes: Meshes, folder: Path, expected: list[float]) -> Res
         store.restore(snapshot, running.engine.deepspeed)
         seconds = time.perf_counter() - start
         losses = _losses(running, AFTER)
-    error = max(abs(found - truth) for found, truth in zip(losses, expected, strict=True))
+    error = max(abs(found - truth) for found, truth in zip(losses, saved["losses"], strict=True))
     return {
         "layout": task.layout,
         "ranks": task.ranks,
         "seconds": seconds,
         "losses": losses,
         "error": error,
-        "agrees": error <= TOLERANCE,
+        "agrees": error <= TOLERANCE * saved["fall"],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ class Results:
         tree["results"][name] = result
         write_json(self.file, tree)
 
-    def drop(self, prefix: str) -> None:
-        """Forget the results whose names begin so."""
+    def drop(self, names: Container[str]) -> None:
+        """Forget results."""
         tree = self._tree()
-        tree["results"] = {name: result for name, result in tree["results"].items() if not name.startswith(prefix)}
+        tree["results"] = {name: result for name, result in tree["results"].items() if name not in names}
         write_json(self.file, tree)
 
     def _tree(self) -> dict[str, Any]:

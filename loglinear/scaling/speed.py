@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,8 @@ def measure(task: Task, meshes: Meshes) -> Result:
     Returns:
         seconds: of a step, the median; parameters; tokens: of a step; tokens_per_second: of all ranks together; mfu;
         recomputes: whether blocks are recomputed in the backward pass. On GPUs also peak_bytes: of the rank that
-        needs most; communication_seconds and exposed_seconds: of a step, the mean over the ranks; null elsewhere.
+        needs most; communication_seconds and exposed_seconds: of a step, the mean over the ranks. None elsewhere, or
+        where the profiler sees no kernels.
     """
     config, mesh = task.config, meshes.of(task.config.parallel)
     on_gpu = mesh.world.device.type == "cuda"
@@ -99,7 +101,7 @@ def _meet(device: torch.device) -> None:
     dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def _profile(step: Callable[[], object], mesh: Mesh) -> tuple[float, float]:
+def _profile(step: Callable[[], object], mesh: Mesh) -> tuple[float | None, float | None]:
     """Seconds of a step in NCCL's kernels, and in them alone: means over the ranks."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -110,13 +112,20 @@ def _profile(step: Callable[[], object], mesh: Mesh) -> tuple[float, float]:
         profiler.export_chrome_trace(str(trace))
         own = communication(json.loads(trace.read_text())["traceEvents"])
     every = mesh.world.gather(own)
+    if None in every:
+        return None, None
     busy, exposed = (statistics.mean(kind) / PROFILED for kind in zip(*every, strict=True))
     return busy, exposed
 
 
-def communication(events: Iterable[dict]) -> tuple[float, float]:
-    """Seconds in which kernels of NCCL ran, and in which no other kernel did, from a Chrome trace's events."""
+def communication(events: Iterable[dict[str, Any]]) -> tuple[float, float] | None:
+    """Seconds in which kernels of NCCL ran, and in which no other kernel did, from a Chrome trace's events.
+
+    None if there are no kernels, as where the profiler may not look at the GPU.
+    """
     kernels = [event for event in events if event.get("cat") == "kernel"]
+    if not kernels:
+        return None
     spans = [(event["ts"], event["ts"] + event["dur"]) for event in kernels]
     is_nccl = ["nccl" in event["name"] for event in kernels]
     busy = _covered(span for span, mine in zip(spans, is_nccl, strict=True) if mine)

@@ -108,7 +108,7 @@ def _reshard(config: Config, length: int, ranks: int) -> Iterator[Task]:
     saved = Layout(name="DP x TP2", tensor=2) if ranks >= 4 else layouts(ranks)[0]
 
     def task(kind: Kind, layout: Layout, ranks: int) -> Task:
-        name = f"reshard/{kind} {layout.name} on {ranks}"
+        name = f"reshard/{kind} {config.run.name}, {layout.name} on {ranks}"
         return Task(name=name, kind=kind, ranks=ranks, config=_sized(config, length, batch, layout), layout=layout.name)
 
     yield task("save", saved, ranks)

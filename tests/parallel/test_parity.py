@@ -37,6 +37,7 @@ SPECIAL_CASES = [
     Case((1, 2, 2), "log_linear", groups=2),
     Case((1, 2, 4), "log_linear", groups=2),
     *(Case((1, 2, 2), "log_linear", level_scale=name) for name in LEVEL_SCALES),
+    *(Case(mesh, recomputes=True) for mesh in ((1, 1, 2), (1, 2, 2))),
     Case((1, 3, 1), packed=True),
     Case((1, 3, 1), packed=False),
     *(Case((1, 3, 1), "softmax", packed=packed, seq_len=93) for packed in (True, False)),  # an odd part for each

@@ -59,10 +59,11 @@ def test_all_is_measured_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (parity["cases"], parity["found"]) == (11, [])
         assert 0 < parity["largest"] <= 1
 
-    saved = found["reshard/save DP ZeRO-1 on 2"]
+    saved = found["reshard/save tiny, DP ZeRO-1 on 2"]
     assert saved["fall"] > 0.1
     loads = {name: result for name, result in found.items() if name.startswith("reshard/load")}
-    assert [*loads] == [*(f"reshard/load {name} on 2" for name in LAYOUTS), "reshard/load DP ZeRO-1 on 1"]
+    places = [*(f"{name} on 2" for name in LAYOUTS), "DP ZeRO-1 on 1"]
+    assert [*loads] == [f"reshard/load tiny, {place}" for place in places]
     for result in loads.values():
         assert result["agrees"]
         torch.testing.assert_close(result["losses"], saved["losses"], rtol=0, atol=1e-5)
@@ -143,6 +144,7 @@ def test_exposed_communication_is_what_no_other_kernel_hides() -> None:
     events = [{"cat": "kernel", "name": name, "ts": start, "dur": length} for name, start, length in kernels]
     events += [{"cat": "gpu_user_annotation", "name": "nccl:all_reduce", "ts": 0, "dur": 100}, {"name": "process"}]
     assert communication(events) == pytest.approx((8e-6, 6e-6))
+    assert communication(events[4:]) is None
 
 
 def test_mistakes_are_told_before_ranks_start(tmp_path: Path) -> None:
