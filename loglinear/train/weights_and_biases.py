@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -25,7 +26,10 @@ def require_wandb(config: Config) -> None:
 
 
 class WandbRun:
-    """A run in the project `monitor.wandb`; its id is kept in the run's folder, so that a resumed run goes on in it."""
+    """A run in the project `monitor.wandb`; its id is kept in the run's folder, so that a resumed run goes on in it.
+
+    wandb works in a process of its own. If that dies, training goes on without.
+    """
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
         """Start it, or go on with it; WANDB_MODE, WANDB_ENTITY and the like mean what they always do.
@@ -39,8 +43,9 @@ class WandbRun:
         """
         wandb: Any = import_module("wandb")  # Any, since not everybody has it
         known = folder.wandb_id.read_text(encoding="utf-8").strip() if folder.wandb_id.exists() else None
+        self._errors = (wandb.Error, OSError)
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=config.monitor.wandb,
                 name=config.run.name,
                 id=known,
@@ -59,8 +64,17 @@ class WandbRun:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Show `values` at `step`."""
-        self._run.log({STEP: step, **values})
+        self._unless_lost(lambda run: run.log({STEP: step, **values}))
 
     def close(self) -> None:
         """Send, or write down, what is left."""
-        self._run.finish()
+        self._unless_lost(lambda run: run.finish())
+
+    def _unless_lost(self, action: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except self._errors as error:
+            self._run = None
+            warnings.warn(f"W&B is lost ({error}); training goes on, and TensorBoard has all", stacklevel=2)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loglinear.config import Config, DataConfig
+from loglinear.train.folder import RunFolder
 from loglinear.train.run import train
+from loglinear.train.weights_and_biases import WandbRun
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import small_config
 
@@ -39,6 +44,22 @@ def without_account(config: Config) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         os.environ.pop(name, None)
     train(config)
+
+
+def losing_wandb(config: Config) -> None:
+    """Log, kill wandb's process, log again and end."""
+    os.environ["WANDB_MODE"] = "offline"
+    folder = RunFolder(config.run.folder)
+    folder.prepare(config)
+    run = WandbRun(folder, config)
+    run.log(1, {"loss": 2.0})
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout
+    os.kill(int(found), signal.SIGKILL)
+    time.sleep(1)
+    for step in (2, 3):
+        run.log(step, {"loss": 1.0})
+    run.close()
+    print("at the end", flush=True)
 
 
 def log_records(path: Path) -> Iterator[bytes]:
@@ -122,3 +143,12 @@ def test_wandb_that_cannot_start_ends_the_run_with_a_sentence(prepared: DataConf
     assert said.startswith("monitor.wandb=project: W&B cannot start a run (")
     assert said.endswith("); log in with `wandb login`, or set WANDB_MODE=offline")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_training_goes_on_without_a_wandb_that_has_died(prepared: DataConfig, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs wandb: pip install 'loglinear[wandb]'")
+    config = small_config(tmp_path / "run", prepared, monitor={"wandb": "project"})
+    assert exit_codes(start_ranks(1, losing_wandb, config, log=tmp_path / "log")) == [0]
+    said = (tmp_path / "log").read_text()
+    assert said.count("W&B is lost (") == 1
+    assert "at the end" in said
