@@ -12,6 +12,7 @@ from tests.processes import exit_codes, start_ranks, wait_for
 
 PAGE = read("docs/tutorial.md")
 ELSEWHERE = {"On one GPU", "On two nodes under SLURM"}  # these parts need what is not here; their commands are parsed
+PATIENCE = 240.0  # seconds that a command may take before the test fails
 TINY = [
     "model.vocab_size=300",
     "model.seq_len=32",
@@ -40,7 +41,7 @@ def run(folder: Path, words: list[str]) -> str:
     """What a command says; it must succeed."""
     log = folder / "said.log"
     log.write_text("")
-    assert exit_codes(start_ranks(1, _command, folder, words, log=log)) == [0], (words, log.read_text())
+    assert exit_codes(start_ranks(1, _command, folder, words, log=log), PATIENCE) == [0], (words, log.read_text())
     return log.read_text()
 
 
@@ -73,12 +74,12 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
             if name == "loglinear" and "--tasks" not in words:  # which need a network
                 said.append(run(tmp_path, words))
             if words[0] == "submit":  # a reader looks after a while
-                wait_for((tmp_path / "runs/rehearsal/metrics.jsonl").exists)
+                wait_for((tmp_path / "runs/rehearsal/metrics.jsonl").exists, PATIENCE)
     assert len(said) == 14
     assert (tmp_path / "runs/quickstart/checkpoints/step-00000300").is_dir()
     assert (tmp_path / "runs/quickstart/positions.png").exists()
     assert (tmp_path / "runs/my_run/loss.png").exists()
     (code,) = blocks(PAGE, "python")
     log = tmp_path / "python.log"
-    assert exit_codes(start_ranks(1, _python, tmp_path, code, log=log)) == [0], log.read_text()
+    assert exit_codes(start_ranks(1, _python, tmp_path, code, log=log), PATIENCE) == [0], log.read_text()
     assert "class Parser:" in log.read_text()
