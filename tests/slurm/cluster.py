@@ -91,12 +91,17 @@ class Cluster:
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: self.command("sinfo", "-h", "-N", "-o", "%T").split().count("idle") >= len(NODES))
+        wait_until(self.takes_jobs)
 
     def start_controller(self) -> None:
         """Start slurmctld, which goes on from what it knew."""
         self._run("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
         wait_until(lambda: answers(self._controller_port))
+
+    def takes_jobs(self) -> bool:
+        """Whether all nodes have told the controller what they have, as they do again after it was away."""
+        job = ["sbatch", "--test-only", f"--nodes={len(NODES)}", f"--gpus-per-node={GPUS_PER_NODE}", "--wrap=true"]
+        return subprocess.run(job, env=os.environ | self.environment, capture_output=True, timeout=60).returncode == 0
 
     def stop_controller(self) -> None:
         """End slurmctld; jobs go on without it."""

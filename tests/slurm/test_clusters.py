@@ -117,5 +117,6 @@ def test_while_the_controller_is_away_users_are_told_and_jobs_wait(launcher: Lau
             assert not any(answer.done() for answer in answers)
         finally:
             cluster.start_controller()
+            wait_until(cluster.takes_jobs)
         assert [answer.result() for answer in answers] == ["127.0.0.1", "PENDING"]
     assert loglinear("cancel", run.folder).returncode == 0
