@@ -13,11 +13,10 @@ Shapes: b batch, t time, s key, h head, k bucket, n state (key) size, p value he
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loglinear.bench.machine import machine
+from loglinear.bench.machine import keep, machine
 from loglinear.config import Config
 from loglinear.errors import UserError
 from loglinear.model import DecodeState, LanguageModel, build_model
@@ -105,7 +104,8 @@ def bench_decode(
         pairs = [(batch, context) for batch in batches for context in contexts]
         for batch, context in track(pairs, f"timing {config.run.name}", console=console, transient=True):
             points.append(_point(config, model, batch, context, place))
-            _keep(out, points, place)
+            if out is not None:
+                keep(out / "decode.json", _machine(place), points)
         del model
     text = _markdown(points, place)
     console.print(text, highlight=False, soft_wrap=True)
@@ -114,14 +114,6 @@ def bench_decode(
         _plot(out / "decode.png", points)
         console.print(f"written: {out / 'decode.json'}, decode.md and decode.png", highlight=False)
     return points
-
-
-def _keep(out: Path | None, points: list[DecodePoint], device: torch.device) -> None:
-    """What was measured so far, since the rest may take long."""
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        record = {"machine": _machine(device), "points": [asdict(point) for point in points]}
-        (out / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def random_state(model: LanguageModel, batch: int, position: int, spare: int) -> DecodeState:
@@ -172,10 +164,8 @@ def _times(model: LanguageModel, batch: int, context: int, device: torch.device)
     is_log_linear = all(isinstance(block.mixer, LogLinearMixer) for block in model.blocks)
     if device.type != "cuda" or is_log_linear:
         steps = WARM_UP + STEPS * TRIES
-        yield (
-            None,
-            _milliseconds(Decoder(model, random_state(model, batch, context - steps, steps)).step, batch, device),
-        )
+        decoder = Decoder(model, random_state(model, batch, context - steps, steps))
+        yield None, _milliseconds(decoder.step, batch, device)
         return
     state = random_state(model, batch, context - 1, 1)
     for backend in BACKENDS:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from data_pipeline.files import write_json
 
 
 def machine(command: str) -> dict[str, str | int]:
@@ -19,6 +24,19 @@ def machine(command: str) -> dict[str, str | int]:
         "torch": torch.__version__,
         "command": command,
     }
+
+
+def keep(file: Path, about: dict[str, str | int], points: Sequence[Any], **more: object) -> None:
+    """Write what was measured so far, since the rest may take long.
+
+    Args:
+        file: where it goes, as JSON.
+        about: as `machine` gives it.
+        points: dataclasses.
+        more: further entries of the record.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"machine": about, **more, "points": [asdict(point) for point in points]})
 
 
 def _processor() -> str:

@@ -10,12 +10,11 @@ parameters of the first model.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.progress import track
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loglinear.bench.machine import machine
+from loglinear.bench.machine import keep, machine
 from loglinear.config import Config
 from loglinear.model import build_model
 from loglinear.ops.peak import TRAINING_FLOPS, peak_flops
@@ -97,7 +96,8 @@ def bench_model(
         own = [length for length in lengths if length <= contender.longest]
         for length in track(own, f"timing {contender.name}", console=console, transient=True):
             points.append(_point(contender, length, max(1, tokens // length), place, peak))
-            _keep(out, points, place, peak)
+            if out is not None:
+                keep(out / "model.json", _machine(place), points, peak_flops=peak)
     text = _markdown(points, place)
     console.print(text, highlight=False, soft_wrap=True)
     if out is not None:
@@ -105,14 +105,6 @@ def bench_model(
         _plot(out / "model.png", points)
         console.print(f"written: {out / 'model.json'}, model.md and model.png", highlight=False)
     return points
-
-
-def _keep(out: Path | None, points: list[ModelPoint], device: torch.device, peak: float) -> None:
-    """What was measured so far, since the rest may take long."""
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        record = {"machine": _machine(device), "peak_flops": peak, "points": [asdict(point) for point in points]}
-        (out / "model.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _contenders(configs: list[Config], device: torch.device) -> Iterator[_Contender]:

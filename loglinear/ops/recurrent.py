@@ -78,11 +78,11 @@ def recurrent_step_in_place(
     Returns:
         o [B, H, P] in v's dtype.
     """
-    from loglinear.ops.triton.step import step_in_place
+    from loglinear.ops.triton.step import step_into
 
     q, k, v, g = (x.contiguous() for x in (q, k, v, g.float()))
     level_scales = None if level_scales is None else level_scales.contiguous()
-    return step_in_place(state.buckets, state.positions, q, k, v, g, level_scales, scale)
+    return step_into(state.buckets, state.buckets, state.positions, q, k, v, g, level_scales, scale)
 
 
 def _has_kernel(state: LogLinearState, *tensors: torch.Tensor | None) -> bool:

@@ -46,7 +46,7 @@ def step(
     """
     sequences, heads, _, size, values = buckets_shknp.shape
     out_shknp = buckets_shknp.new_empty(sequences, heads, count, size, values)
-    return _launch(buckets_shknp, out_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale), out_shknp
+    return step_into(out_shknp, buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale), out_shknp
 
 
 @step.register_fake
@@ -55,23 +55,9 @@ def _(buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale, 
     return torch.empty_like(v_shp), buckets_shknp.new_empty(sequences, heads, count, size, values)
 
 
-def step_in_place(
-    buckets_shknp: torch.Tensor,
-    positions_s: torch.Tensor,
-    q_sgn: torch.Tensor,
-    k_sgn: torch.Tensor,
-    v_shp: torch.Tensor,
-    g_sh: torch.Tensor,
-    scales_shl: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """Outputs [S, H, P] in v's dtype; arguments as `step`'s. Overwrites the buckets, which must have room."""
-    return _launch(buckets_shknp, buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale)
-
-
-def _launch(
-    buckets_shknp: torch.Tensor,
+def step_into(
     out_shknp: torch.Tensor,
+    buckets_shknp: torch.Tensor,
     positions_s: torch.Tensor,
     q_sgn: torch.Tensor,
     k_sgn: torch.Tensor,
@@ -80,6 +66,7 @@ def _launch(
     scales_shl: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
+    """Outputs as `step`'s, arguments too; the buckets go to `out_shknp`, which may be `buckets_shknp` itself."""
     sequences, heads, buckets, size, values = buckets_shknp.shape
     o_shp = torch.empty_like(v_shp)
     block_p = min(MOST_VALUES, triton.next_power_of_2(values))
