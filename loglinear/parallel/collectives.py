@@ -149,15 +149,14 @@ class Pending:
 
 def all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
     """A new tensor with `op` over all ranks' x [...], the same bits on all."""
-    return start_all_reduce(x, axis, op).wait()
+    return start_all_reduce(x.clone(memory_format=torch.contiguous_format), axis, op).wait()
 
 
 def start_all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Pending:
-    """`all_reduce` of x [...] that is not waited for."""
-    total = x.clone(memory_format=torch.contiguous_format)
-    _count(total, axis, times=2)
-    work = None if total.is_meta else dist.all_reduce(total, op, group=axis.group, async_op=True)
-    return Pending(total, work, total)
+    """`all_reduce` that is not waited for; the result overwrites x [...], which is contiguous."""
+    _count(x, axis, times=2)
+    work = None if x.is_meta else dist.all_reduce(x, op, group=axis.group, async_op=True)
+    return Pending(x, work, x)
 
 
 def all_gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
