@@ -183,7 +183,7 @@ def _connect(model: LanguageModel, mesh: Mesh, config: Config) -> None:
 
 
 def _sum_shared_gradients(model: LanguageModel, axis: Axis, config: Config) -> None:
-    """As if the parameter went through `copy_to`; on the parameter itself, so that no module needs to know."""
+    """Each rank's is a part of it. On the parameter itself, so that no module needs to know."""
     plan = placements(config)
     for name, parameter in model.named_parameters():
         if placement_of(name, plan) is Placement.SHARED:
