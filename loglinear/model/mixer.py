@@ -25,6 +25,7 @@ from loglinear.ops import (
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
 from loglinear.ops.neighbours import discretise, linears
+from loglinear.ops.projections import Projections
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
 STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
@@ -98,6 +99,7 @@ class LogLinearMixer(nn.Module):
         self.v_proj = nn.Linear(dim, values, bias=False)
         self.z_proj = nn.Linear(dim, values, bias=False)
         self.dt_proj = nn.Linear(dim, own.heads, bias=False)
+        self.project: nn.Module = Projections()
         self.q_conv = ShortConv(keys, own.conv_width)
         self.k_conv = ShortConv(keys, own.conv_width)
         self.v_conv = ShortConv(values, own.conv_width)
@@ -138,19 +140,21 @@ class LogLinearMixer(nn.Module):
         Returns:
             [B, T, D], and the state after the last token if a state was given.
         """
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
+        weights = (*(layer.weight for layer in layers), *self.lambda_map.token_weights())
         convs = (self.q_conv, self.k_conv, self.v_conv)
+        project = linears if state is not None and state.in_place else self.project
+        q, k, v, z, raw_bth, *of_token = project(x_btd, weights)
+        inputs = [q, k, v]
         if state is not None and state.in_place:
-            *inputs, z, raw_bth = linears(x_btd, tuple(layer.weight for layer in projections))
             q, k, v = (conv.step(x, past) for conv, x, past in zip(convs, inputs, state.recent, strict=True))
         else:
-            *inputs, z, raw_bth = (layer(x_btd) for layer in projections)
             past = (None, None, None) if state is None else state.recent
             q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp, z_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in (v, z))
         g_bth, weighted_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)
-        scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
+        scales_bthl = self.lambda_map(of_token, documents.positions_bt, documents.length)
         memory = None if state is None else state.memory
         o_bthp, memory = self.core(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
 
