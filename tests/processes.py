@@ -16,9 +16,9 @@ from torch.distributed import TCPStore
 
 from loglinear.errors import UserError
 
-# Children are forked from a process that has imported everything, so that a start takes a second less.
+# Children are forked from a process that has imported everything, so that a start takes seconds less.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["loglinear.train.run", "deepspeed"])
+_context.set_forkserver_preload(["tests.preloaded"])
 _afresh = multiprocessing.get_context("spawn")  # for GPUs, which a fork cannot use
 # Ranks meet at a store that is there already, as torchrun's do: a port chosen for them could be taken until they come.
 _stores: WeakKeyDictionary[BaseProcess, TCPStore] = WeakKeyDictionary()  # by each start's first rank
