@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -23,7 +24,8 @@ from launch.job import JobFolder
 PLACE = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 EXIT_REFUSED = 2  # of a rank that a user's mistake ended
 POLL_SECONDS = 0.1
-KILL_SECONDS = 5.0  # that ranks have to end after one of them has failed; what watchdogs say takes two
+KILL_SECONDS = 5.0  # that ranks have to end after one of them has failed
+PORTS = range(20_000, 32_768)  # for ranks to meet at; Linux gives connections those above
 # srun's words for a task that ended badly, and for a node that it could not reach.
 TASK = re.compile(r"srun: error: (\S+): (tasks? [\d,\-]+): (.+)")
 NODE = re.compile(r"srun: error: .*(?:Node failure on|failed on node) ([^\s:]+)")
@@ -209,7 +211,9 @@ def _ending(code: int) -> str:
 
 
 def free_port() -> int:
-    """A port that nothing on this machine listens to."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A port that nothing listens to, and that no connection will be given before the ranks, seconds later, listen."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RuntimeError(f"no port from {PORTS[0]} to {PORTS[-1]} is free")

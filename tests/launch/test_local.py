@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import local
+from launch import local, ranks
 from launch.job import End, JobFolder, Start
 from loglinear.config import DataConfig
 from loglinear.train.folder import read_records
@@ -100,6 +101,18 @@ def test_a_rank_is_killed_the_run_is_cancelled_and_goes_on(prepared: DataConfig,
     assert wait_until_over(job).outcome == "finished"
     assert len(losses(run_dir)) == saved + 4
     assert "finished" in loglinear("jobs", run_dir)
+
+
+def test_ranks_meet_at_a_port_that_nobody_listens_to_and_no_connection_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    port = ranks.free_port()
+    assert port < lowest_given
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        monkeypatch.setattr(ranks, "PORTS", [listener.getsockname()[1], port])
+        assert {ranks.free_port() for _ in range(20)} == {port}
 
 
 def test_ranks_do_not_outlive_their_supervisor(prepared: DataConfig, tmp_path: Path) -> None:
