@@ -15,8 +15,8 @@ from loglinear.ops.flops import linear_flops
 from loglinear.ops.neighbours import (
     causal_conv_silu,
     conv_silu_step,
-    gated_linear,
-    linears,
+    linear_onto,
+    norm_gated_linear,
     rms_norm,
     silu_product,
     skip_gate_norm,
@@ -91,9 +91,9 @@ class ShortConv(nn.Module):
         packed = documents.cu_seqlens is not None
         return causal_conv_silu(x_btc, self.weight, self.bias, documents.positions_bt, past_bwc, packed=packed)
 
-    def step(self, x_b1c: torch.Tensor, past_bwc: torch.Tensor) -> torch.Tensor:
-        """One token [B, 1, C] on a GPU behind the last width - 1, which are overwritten with the next token's."""
-        return conv_silu_step(x_b1c[:, 0], self.weight, self.bias, past_bwc)[:, None]
+    def step(self, x_bc: torch.Tensor, past_bwc: torch.Tensor) -> torch.Tensor:
+        """One token [B, C] on a GPU behind the last width - 1, which are overwritten with the next token's."""
+        return conv_silu_step(x_bc, self.weight, self.bias, past_bwc)
 
 
 class GatedRMSNorm(nn.Module):
@@ -141,10 +141,10 @@ class SwiGLU(nn.Module):
         """Shapes [B, T, D] in and out."""
         return self.down(silu_product(self.gate(x_btd), self.up(x_btd)))
 
-    def step(self, x_b1d: torch.Tensor) -> torch.Tensor:
-        """The same for one token of each row, [B, 1, D], without gradients or hooks."""
-        hidden_b1e = gated_linear(x_b1d, self.gate.weight, self.up.weight)
-        return linears(hidden_b1e, (self.down.weight,))[0]
+    def step(self, x_bd: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """x + self(norm(x)) for one token of each document, [B, D] in and out, without gradients or hooks."""
+        hidden_be = norm_gated_linear(x_bd, norm.weight, norm.eps, self.gate.weight, self.up.weight)
+        return linear_onto(x_bd, hidden_be, self.down.weight)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of a token, two per multiply-add."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loglinear.config import ModelConfig
-from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv
+from loglinear.model.layers import Documents, GatedRMSNorm, RMSNorm, ShortConv
 from loglinear.ops import (
     LogLinearState,
     StateInPlace,
@@ -24,7 +24,7 @@ from loglinear.ops import (
 )
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
-from loglinear.ops.neighbours import discretise, linears
+from loglinear.ops.neighbours import discretise, norm_linears, skip_gate_norm_onto
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
 STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
@@ -42,34 +42,26 @@ class MixerState:
     memory: LogLinearState | StateInPlace
     recent: tuple[torch.Tensor, ...]
 
-    @property
-    def in_place(self) -> bool:
-        """Whether a call of one token overwrites this state."""
-        return isinstance(self.memory, StateInPlace)
-
 
 class LogLinearCore(nn.Module):
     """The op over many tokens, or its decoding step for one; without weights, so that another can take its place."""
 
     def forward(
         self,
-        memory: LogLinearState | StateInPlace | None,
+        memory: LogLinearState | None,
         q_btgn: torch.Tensor,
         k_btgn: torch.Tensor,
         v_bthp: torch.Tensor,
         g_bth: torch.Tensor,
         scales_bthl: torch.Tensor | None,
         documents: Documents,
-    ) -> tuple[torch.Tensor, LogLinearState | StateInPlace | None]:
+    ) -> tuple[torch.Tensor, LogLinearState | None]:
         """Outputs [B, T, H, P], and the memory after the last token if one was given."""
         if memory is not None and v_bthp.shape[1] == 1 and documents.cu_seqlens is None:
             q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
             scales = None if scales_bthl is None else scales_bthl[:, 0]
-            if isinstance(memory, StateInPlace):
-                return recurrent_step_in_place(memory, q, k, v, g, scales)[:, None], memory
             o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
             return o_bhp[:, None], memory
-        assert not isinstance(memory, StateInPlace)
         return log_linear_attention(
             q_btgn,
             k_btgn,
@@ -140,26 +132,50 @@ class LogLinearMixer(nn.Module):
         """
         projections = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        if state is not None and state.in_place:
-            *inputs, z, raw_bth = linears(x_btd, tuple(layer.weight for layer in projections))
-            q, k, v = (conv.step(x, past) for conv, x, past in zip(convs, inputs, state.recent, strict=True))
-        else:
-            *inputs, z, raw_bth = (layer(x_btd) for layer in projections)
-            past = (None, None, None) if state is None else state.recent
-            q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
+        *inputs, z, raw_bth = (layer(x_btd) for layer in projections)
+        past = (None, None, None) if state is None else state.recent
+        q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp, z_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in (v, z))
         g_bth, weighted_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)
         scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
         memory = None if state is None else state.memory
+        assert not isinstance(memory, StateInPlace)
         o_bthp, memory = self.core(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
 
         y_btc = self.norm(o_bthp, v_bthp, z_bthp, self.D).flatten(2)
         if state is None or memory is None:
             return self.out_proj(y_btc), None
-        if state.in_place:
-            return linears(y_btc, (self.out_proj.weight,))[0], state
         return self.out_proj(y_btc), MixerState(memory, _recent(state.recent, inputs, documents))
+
+    def step(self, x_bd: torch.Tensor, norm: RMSNorm, documents: Documents, state: MixerState) -> torch.Tensor:
+        """x + self(norm(x)) for one token of each document, on a GPU, in few launches and without gradients or hooks.
+
+        Args:
+            x_bd: [B, D], contiguous.
+            norm: what stands before the mixer.
+            documents: positions [B, 1] of the tokens.
+            state: in place; overwritten, but for its positions.
+
+        Returns:
+            [B, D].
+        """
+        assert isinstance(state.memory, StateInPlace)
+        level_proj = self.lambda_map.level_proj
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
+        weights = tuple(layer.weight for layer in (*projections, *([] if level_proj is None else [level_proj])))
+        q, k, v, z, raw_bh, *read = norm_linears(x_bd, norm.weight, norm.eps, weights)
+        convs = (self.q_conv, self.k_conv, self.v_conv)
+        q, k, v = (conv.step(x, past) for conv, x, past in zip(convs, (q, k, v), state.recent, strict=True))
+        q_bgn, k_bgn = (x.unflatten(1, (-1, self.state_dim)) for x in (q, k))
+        v_bhp, z_bhp = (x.unflatten(1, (-1, self.head_dim)) for x in (v, z))
+        g_1bh, weighted_1bhp = discretise(raw_bh[None], self.dt_bias, self.A_log, v_bhp[None])
+        read_b1e = (read[0] if read else norm(x_bd))[:, None]
+        scales_b1hl = self.lambda_map.scales(read_b1e, documents.positions_bt, documents.length)
+        scales_bhl = None if scales_b1hl is None else scales_b1hl[:, 0]
+        o_bhp = recurrent_step_in_place(state.memory, q_bgn, k_bgn, weighted_1bhp[0], g_1bh[0], scales_bhl)
+        gate = (self.D, self.norm.weight, self.norm.eps)
+        return skip_gate_norm_onto(x_bd, o_bhp, v_bhp, z_bhp, *gate, self.out_proj.weight)
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""

@@ -36,6 +36,7 @@ class LambdaMap(nn.Module):
         """
         super().__init__()
         self.levels, self.beyond = levels, beyond
+        self.level_proj: nn.Linear | None = None  # all that most of those that read the token read of it
 
     def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor | None:
         """Level scales, or None if they are all one.
@@ -51,7 +52,11 @@ class LambdaMap(nn.Module):
         Raises:
             UserError: `length` needs more levels than were trained, and the policy is "error".
         """
-        logits_bthl = at_least_fp32(self.logits(x_btd))
+        return self.scales(x_btd if self.level_proj is None else self.level_proj(x_btd), positions_bt, length)
+
+    def scales(self, read_bte: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor | None:
+        """`forward` from what `level_proj` gives [B, T, E], or from the token itself if there is none."""
+        logits_bthl = at_least_fp32(self.logits(read_bte))
         if self.beyond == "clamp":
             return self.activate(self.beyond_trained(logits_bthl, length), positions_bt)
         return self.beyond_trained(self.activate(logits_bthl, positions_bt), length)
@@ -70,8 +75,8 @@ class LambdaMap(nn.Module):
             return F.pad(x_bthl, (0, missing), value=1.0)
         return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], missing)], -1)
 
-    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
-        """What the activation is applied to: broadcastable to [B, T, H, L]."""
+    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
+        """What the activation is applied to, from what `scales` takes: broadcastable to [B, T, H, L]."""
         raise NotImplementedError
 
     def activate(self, logits_bthl: torch.Tensor, positions_bt: torch.Tensor) -> torch.Tensor:
@@ -111,7 +116,7 @@ class LambdaMLP(nn.Module):
 class NoLambdaMap(LambdaMap):
     """lambda = 1: plain linear attention."""
 
-    def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> None:
+    def scales(self, read_bte: torch.Tensor, positions_bt: torch.Tensor, length: int) -> None:
         """None: the op then pays for no levels."""
 
 
@@ -122,21 +127,23 @@ class StaticLambdaMap(LambdaMap):
         super().__init__(levels, beyond)
         self.scale_hl = nn.Parameter(torch.full((heads, levels), SOFTPLUS_INVERSE_OF_1))
 
-    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
-        return self.scale_hl.expand(*x_btd.shape[:2], -1, -1)
+    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
+        return self.scale_hl.expand(*read_bte.shape[:2], -1, -1)
 
 
 class _Projected(LambdaMap):
     """A map of the level logits dl[h, l], one linear projection of the token."""
+
+    level_proj: nn.Linear
 
     def __init__(self, dim: int, heads: int, levels: int, beyond: str) -> None:
         super().__init__(levels, beyond)
         self.level_proj = nn.Linear(dim, heads * levels, bias=False)
         nn.init.normal_(self.level_proj.weight, std=dim**-0.5)  # unit variance from a normed input
 
-    def project(self, x_btd: torch.Tensor) -> torch.Tensor:
+    def by_head(self, read_bte: torch.Tensor) -> torch.Tensor:
         """dl: [B, T, H, L]."""
-        return self.level_proj(x_btd).unflatten(2, (-1, self.levels))
+        return read_bte.unflatten(2, (-1, self.levels))
 
     def flops_per_token(self) -> int:
         return linear_flops(self.level_proj)
@@ -149,8 +156,8 @@ class ScaledLambdaMap(_Projected):
         super().__init__(dim, heads, levels, beyond)
         self.scale_hl = nn.Parameter(torch.ones(heads, levels))
 
-    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
-        return self.scale_hl * self.project(x_btd)
+    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
+        return self.scale_hl * self.by_head(read_bte)
 
 
 class LinearLambdaMap(_Projected):
@@ -161,8 +168,8 @@ class LinearLambdaMap(_Projected):
         nn.init.zeros_(self.level_proj.weight)
         self.bias_hl = nn.Parameter(torch.full((heads, levels), SOFTPLUS_INVERSE_OF_1))
 
-    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
-        return self.bias_hl + self.project(x_btd)
+    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
+        return self.bias_hl + self.by_head(read_bte)
 
 
 class _ThroughMLP(_Projected):
@@ -172,8 +179,8 @@ class _ThroughMLP(_Projected):
         super().__init__(dim, heads, levels, beyond)
         self.mlp = LambdaMLP(levels, hidden, levels)
 
-    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.project(x_btd))
+    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.by_head(read_bte))
 
     def flops_per_token(self) -> int:
         heads = self.level_proj.out_features // self.levels
@@ -183,8 +190,8 @@ class _ThroughMLP(_Projected):
 class MLPLambdaMap(_ThroughMLP):
     """softplus(W2 gelu(W1 dl + b1) + b2) on each head's L logits, the adaptive form; starts at 1."""
 
-    def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
-        return self.beyond_trained(self.mlp(self.project(x_btd), softplus=True), length)
+    def scales(self, read_bte: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
+        return self.beyond_trained(self.mlp(self.by_head(read_bte), softplus=True), length)
 
 
 class SoftmaxLambdaMap(_ThroughMLP):
@@ -211,8 +218,8 @@ class TokenMLPLambdaMap(LambdaMap):
         super().__init__(levels, beyond)
         self.mlp = LambdaMLP(dim, hidden, heads * levels)
 
-    def logits(self, x_btd: torch.Tensor) -> torch.Tensor:
-        return self.mlp(x_btd).unflatten(2, (-1, self.levels))
+    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
+        return self.mlp(read_bte).unflatten(2, (-1, self.levels))
 
     def flops_per_token(self) -> int:
         return self.mlp.flops()

@@ -120,19 +120,38 @@ def token_by_token(dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def few_rows(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Relative error of several products in one launch, and of a gated one, for widths within and beyond a block."""
+    """Relative error of the products of few tokens with what stands around them, within and beyond a block."""
     found = {}
-    for width in (70, 1500):
-        given = [x.to(dtype) for x in (normal(3, 1, width), *(normal(size, width) for size in (5, 8, 1, 33, 33)))]
-        x, *weights = (x.double() for x in given)
-        wanted = [x @ weight.T for weight in weights]
-        wanted.append(torch.nn.functional.silu(wanted[3]) * wanted[4])
-        x, *weights = (x.to(device) for x in given)
-        actual = [*neighbours.linears(x, tuple(weights)), neighbours.gated_linear(x, *weights[3:])]
+    for width, heads, size in ((70, 5, 14), (1500, 25, 60)):
+        given = [x.to(dtype) for x in (normal(3, width), normal(width), *(normal(e, width) for e in (5, 8, 1, 33, 33)))]
+        around = [normal(3, 9), *(normal(3, heads, size) for _ in range(3)), normal(heads), normal(size)]
+        given += [x.to(dtype) for x in (*around, normal(9, width))]
+        wanted = _few_rows_defined(*(x.double() for x in given))
+        actual = _few_rows_in_one_launch_each(*(x.to(device) for x in given))
         found |= {
             f"{width} {n}": relative_error(y.cpu(), z) for n, (y, z) in enumerate(zip(actual, wanted, strict=True))
         }
     return found
+
+
+def _few_rows_defined(x, norm, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    *weights, onto, o, v, z, skip, head_norm, narrow = tensors
+    silu = torch.nn.functional.silu
+    normed = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm
+    products = [normed @ weight.T for weight in weights]
+    y = (o + skip[:, None] * v) * silu(z)
+    y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * head_norm
+    return [*products, silu(products[3]) * products[4], onto + x @ narrow.T, onto + y.flatten(1) @ narrow.T]
+
+
+def _few_rows_in_one_launch_each(x, norm, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    *weights, onto, o, v, z, skip, head_norm, narrow = tensors
+    return [
+        *neighbours.norm_linears(x, norm, EPS, tuple(weights)),
+        neighbours.norm_gated_linear(x, norm, EPS, *weights[3:]),
+        neighbours.linear_onto(onto, x, narrow),
+        neighbours.skip_gate_norm_onto(onto, o, v, z, skip, head_norm, EPS, narrow),
+    ]
 
 
 def _outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
