@@ -14,7 +14,6 @@ from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
 from loglinear.ops.neighbours import (
     causal_conv_silu,
-    conv_silu_step,
     linear_onto,
     norm_gated_linear,
     rms_norm,
@@ -90,10 +89,6 @@ class ShortConv(nn.Module):
         """Shapes [B, T, C] in and out; `past_bwc` [B, width - 1, C] are the inputs before the first token."""
         packed = documents.cu_seqlens is not None
         return causal_conv_silu(x_btc, self.weight, self.bias, documents.positions_bt, past_bwc, packed=packed)
-
-    def step(self, x_bc: torch.Tensor, past_bwc: torch.Tensor) -> torch.Tensor:
-        """One token [B, C] on a GPU behind the last width - 1, which are overwritten with the next token's."""
-        return conv_silu_step(x_bc, self.weight, self.bias, past_bwc)
 
 
 class GatedRMSNorm(nn.Module):

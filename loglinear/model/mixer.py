@@ -24,7 +24,7 @@ from loglinear.ops import (
 )
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
-from loglinear.ops.neighbours import discretise, norm_linears, skip_gate_norm_onto
+from loglinear.ops.neighbours import discretise, norm_linears, skip_gate_norm_onto, step_inputs
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
 STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
@@ -166,14 +166,15 @@ class LogLinearMixer(nn.Module):
         weights = tuple(layer.weight for layer in (*projections, *([] if level_proj is None else [level_proj])))
         q, k, v, z, raw_bh, *read = norm_linears(x_bd, norm.weight, norm.eps, weights)
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        q, k, v = (conv.step(x, past) for conv, x, past in zip(convs, (q, k, v), state.recent, strict=True))
+        taps, biases = tuple(conv.weight for conv in convs), tuple(conv.bias for conv in convs)
+        steps = (raw_bh, self.dt_bias, self.A_log)
+        q, k, v, g_bh, weighted = step_inputs((q, k, v), taps, biases, state.recent, *steps)
         q_bgn, k_bgn = (x.unflatten(1, (-1, self.state_dim)) for x in (q, k))
-        v_bhp, z_bhp = (x.unflatten(1, (-1, self.head_dim)) for x in (v, z))
-        g_1bh, weighted_1bhp = discretise(raw_bh[None], self.dt_bias, self.A_log, v_bhp[None])
+        v_bhp, z_bhp, weighted_bhp = (x.unflatten(1, (-1, self.head_dim)) for x in (v, z, weighted))
         read_b1e = (read[0] if read else norm(x_bd))[:, None]
         scales_b1hl = self.lambda_map.scales(read_b1e, documents.positions_bt, documents.length)
         scales_bhl = None if scales_b1hl is None else scales_b1hl[:, 0]
-        o_bhp = recurrent_step_in_place(state.memory, q_bgn, k_bgn, weighted_1bhp[0], g_1bh[0], scales_bhl)
+        o_bhp = recurrent_step_in_place(state.memory, q_bgn, k_bgn, weighted_bhp, g_bh, scales_bhl)
         gate = (self.D, self.norm.weight, self.norm.eps)
         return skip_gate_norm_onto(x_bd, o_bhp, v_bhp, z_bhp, *gate, self.out_proj.weight)
 

@@ -53,15 +53,6 @@ def causal_conv_silu(
     return F.silu(y_btc)
 
 
-def conv_silu_step(
-    x_bc: torch.Tensor, weight_wc: torch.Tensor, bias_c: torch.Tensor, past_bwc: torch.Tensor
-) -> torch.Tensor:
-    """`causal_conv_silu` of one token [B, C] on a GPU; `past_bwc` [B, W - 1, C] is overwritten with what follows it."""
-    from loglinear.ops.triton.convolution import conv_silu_step as kernel
-
-    return kernel(x_bc.contiguous(), weight_wc, bias_c, past_bwc)
-
-
 def discretise(
     raw_bth: torch.Tensor, bias_h: torch.Tensor, a_log_h: torch.Tensor, v_bthp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,6 +176,30 @@ def norm_gated_linear(
             return kernels.norm_silu_product(x_id, norm_d, eps, gate_ed, up_ed)
     normed_id = rms_norm(x_id, norm_d, eps)
     return silu_product(F.linear(normed_id, gate_ed), F.linear(normed_id, up_ed))
+
+
+def step_inputs(
+    inputs_ic: tuple[torch.Tensor, ...],
+    weights_wc: tuple[torch.Tensor, ...],
+    biases_c: tuple[torch.Tensor, ...],
+    pasts_iwc: tuple[torch.Tensor, ...],
+    raw_ih: torch.Tensor,
+    bias_h: torch.Tensor,
+    a_log_h: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """`causal_conv_silu` of one token of q, k and v, then `discretise`, on a GPU.
+
+    Args:
+        inputs_ic, weights_wc, biases_c: of the three convolutions, [I, C], [W, C] and [C] each.
+        pasts_iwc: [I, W - 1, C] each, overwritten with what follows them.
+        raw_ih, bias_h, a_log_h: as `discretise` takes them, [I, H] and [H].
+
+    Returns:
+        q, k and v [I, C], then g [I, H], fp32, and v * step [I, C].
+    """
+    from loglinear.ops.triton.step_inputs import step_inputs as kernel
+
+    return kernel(inputs_ic, weights_wc, biases_c, pasts_iwc, raw_ih, bias_h, a_log_h)
 
 
 def linear_onto(onto_ie: torch.Tensor, x_id: torch.Tensor, weight_ed: torch.Tensor) -> torch.Tensor:

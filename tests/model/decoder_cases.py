@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -19,12 +20,12 @@ from triton.runtime.interpreter import GridExecutor
 from loglinear.config import LevelScaleName, LogLinearConfig
 from loglinear.model.decoder import Decoder, _in_place
 from loglinear.model.layers import Documents
-from loglinear.model.lm import LanguageModel
+from loglinear.model.lm import DecodeState, LanguageModel
 from loglinear.ops import neighbours
 from tests.model.model_cases import awake, random_tokens, tiny
 from tests.ops.op_cases import relative_error
 
-PROMPT, STEPS = 6, 3  # the second fills a new bucket, the third reads it
+PROMPT = 7  # the first step fills a new bucket, the second reads it
 
 
 def model_of(level_scale: LevelScaleName) -> LanguageModel:
@@ -34,22 +35,26 @@ def model_of(level_scale: LevelScaleName) -> LanguageModel:
 
 
 @torch.no_grad()
-def step_errors(level_scale: LevelScaleName, batch: int) -> list[float]:
+def step_errors(level_scale: LevelScaleName, batch: int, steps: int) -> list[float]:
     """Relative errors of the logits of steps by the kernels, after a prompt, against float64 step by step."""
     exact_model, model = model_of(level_scale).double(), model_of(level_scale)
-    tokens_bt = random_tokens(batch, PROMPT + STEPS)
+    tokens_bt = random_tokens(batch, PROMPT + steps)
     _, exact = exact_model.decode(tokens_bt[:, :PROMPT], exact_model.initial_state(batch))
     _, state = model.decode(tokens_bt[:, :PROMPT], model.initial_state(batch))
-    roomy = [layer.memory.with_buckets(4) for layer in state.layers]
-    layers = tuple(type(layer)(memory, layer.recent) for layer, memory in zip(state.layers, roomy, strict=True))
-    in_place = _in_place(type(state)(layers, state.positions))
+    in_place = with_room(state)
     decoder, found = Decoder(model, state), []
-    for t in range(PROMPT, PROMPT + STEPS):
+    for t in range(PROMPT, PROMPT + steps):
         wanted_bv, exact = exact_model.decode(tokens_bt[:, t : t + 1], exact)
         decoder._tokens_b1.copy_(tokens_bt[:, t : t + 1])
         with kernels_on_cpu():
             found.append(relative_error(decoder._read(in_place), wanted_bv))
     return found
+
+
+def with_room(state: DecodeState) -> DecodeState:
+    """A copy in place whose buckets hold the steps to come."""
+    layers = tuple(replace(layer, memory=layer.memory.with_buckets(4)) for layer in state.layers)
+    return _in_place(replace(state, layers=layers))
 
 
 def kernels_on_cpu() -> Any:
@@ -85,7 +90,7 @@ def launches(level_scale: LevelScaleName) -> dict[str, int]:
             return run(self, *args, **kwargs)
 
     (block,) = model.blocks
-    x_bd, before = torch.randn(1, 16), _in_place(state).layers[0]
+    x_bd, before = torch.randn(1, 16), with_room(state).layers[0]
     with kernels_on_cpu(), patch.object(GridExecutor, "__call__", counted), counting:
         block.step(x_bd, documents, before)
     return dict(counting.counts)
@@ -93,5 +98,6 @@ def launches(level_scale: LevelScaleName) -> dict[str, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    measured = {name: step_errors(name, 3 if name == "mlp" else 1) for name in get_args(LevelScaleName)}
-    print(json.dumps({"errors": measured, "launches": {name: launches(name) for name in get_args(LevelScaleName)}}))
+    sizes = {name: (3, 3) if name == "mlp" else (1, 1) for name in get_args(LevelScaleName)}
+    measured = {name: step_errors(name, *size) for name, size in sizes.items()}
+    print(json.dumps({"errors": measured, "launches": {name: launches(name) for name in sizes}}))

@@ -22,13 +22,13 @@ def test_steps_in_place_give_the_logits_of_float64_while_a_bucket_fills(
     level_scale: str, measured: dict[str, Any]
 ) -> None:
     errors = measured["errors"][level_scale]
-    assert len(errors) == 3
+    assert len(errors) == (3 if level_scale == "mlp" else 1)
     assert max(errors) < 1e-6
 
 
-def test_a_block_of_the_adaptive_form_takes_ten_launches(measured: dict[str, Any]) -> None:
+def test_a_block_of_the_adaptive_form_takes_seven_launches(measured: dict[str, Any]) -> None:
     launches = measured["launches"]["mlp"]
-    assert sum(launches.values()) <= 10, launches
+    assert sum(launches.values()) <= 7, launches
 
 
 @pytest.mark.parametrize("level_scale", NAMES)

@@ -106,17 +106,33 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def token_by_token(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Relative error of the convolution of one token after the other, for 1, 2 and 4 taps."""
-    found = {}
+    """Relative errors of what the op reads of one token after the other, for 1, 2 and 4 taps."""
+    found, channels, heads = {}, (130, 20, 150), 6
     for taps in (1, 2, 4):
-        given = [x.to(dtype) for x in (normal(3, 6, 150), normal(taps, 150), normal(150))]
-        x_btc, weight, bias = (x.double() for x in given)
-        wanted = neighbours.causal_conv_silu(x_btc, weight, bias, torch.arange(6).expand(3, 6), packed=False)
-        x_btc, weight, bias = (x.to(device) for x in given)
-        past = x_btc.new_zeros(3, taps - 1, 150)
-        steps = [neighbours.conv_silu_step(x_bc, weight, bias, past) for x_bc in x_btc.unbind(1)]
-        found[str(taps)] = relative_error(torch.stack(steps, 1).cpu(), wanted)
+        shapes = [*((3, 6, c) for c in channels), *((taps, c) for c in channels), *((c,) for c in channels)]
+        given = [
+            x.to(dtype) for x in (*(normal(*s) for s in shapes), 3 * normal(3, 6, heads), normal(heads), normal(heads))
+        ]
+        wanted = _inputs_at_once([x.double() for x in given])
+        x, weights, biases, (raw, *rates) = (tuple(x.to(device) for x in given[n : n + 3]) for n in (0, 3, 6, 9))
+        pasts = tuple(each.new_zeros(3, taps - 1, each.shape[2]) for each in x)
+        steps = []
+        for t in range(6):
+            now = tuple(each[:, t].contiguous() for each in x)
+            steps.append(neighbours.step_inputs(now, weights, biases, pasts, raw[:, t].contiguous(), *rates))
+        actual = [torch.stack(each, 1).cpu() for each in zip(*steps, strict=True)]
+        found |= {f"{taps} {n}": relative_error(y, z) for n, (y, z) in enumerate(zip(actual, wanted, strict=True))}
     return found
+
+
+def _inputs_at_once(given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same of all tokens of each row, in PyTorch."""
+    rows = torch.arange(6).expand(3, 6)
+    triples = zip(given[:3], given[3:6], given[6:9], strict=True)
+    q, k, v = (neighbours.causal_conv_silu(*triple, rows, packed=False) for triple in triples)
+    raw, *rates = given[9:]
+    g, weighted = neighbours.discretise(raw, *rates, v.unflatten(2, (raw.shape[2], -1)))
+    return [q, k, v, g, weighted.flatten(2)]
 
 
 def few_rows(dtype: torch.dtype, device: str) -> dict[str, float]:
@@ -182,7 +198,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     check_operators()
     measured = {name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}
-    measured["convolution, token by token"] = token_by_token(torch.float32, "cpu")
+    measured["inputs, token by token"] = token_by_token(torch.float32, "cpu")
     with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):
         measured["products of few tokens"] = few_rows(torch.float32, "cpu")
     print(json.dumps(measured))
