@@ -1,4 +1,4 @@
-"""A small corpus and its prepared folder, made once for all tests."""
+"""A small corpus and its prepared folder, made once for all tests; and examples that may take their time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_pipeline.prepare import prepare
 from loglinear.config import DataConfig
 from tests.corpus import VOCAB, data_config, write_corpus
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

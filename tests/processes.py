@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.distributed import TCPStore
 
 from loglinear.errors import UserError
 
-# Children are forked from a process that has imported everything, so that a start takes a second less.
+# Children are forked from a process that has imported everything, so that a start takes seconds less.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["loglinear.train.run", "deepspeed"])
+_context.set_forkserver_preload(["tests.preloaded"])
 _afresh = multiprocessing.get_context("spawn")  # for GPUs, which a fork cannot use
+# Ranks meet at a store that is there already, as torchrun's do: a port chosen for them could be taken until they come.
+_stores: WeakKeyDictionary[BaseProcess, TCPStore] = WeakKeyDictionary()  # by each start's first rank
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
     """Return as soon as `condition` holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -44,11 +48,12 @@ def start_ranks(
 
     A `UserError` ends a rank with exit code 2; what the ranks print goes to `log`.
     """
-    port = _free_port()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     start, environment = (_afresh, {"DS_ACCELERATOR": "cuda"}) if on_gpus else (_context, _ENVIRONMENT)
     ranks: list[BaseProcess] = [
-        start.Process(target=_rank, args=(rank, count, port, log, target, args)) for rank in range(count)
+        start.Process(target=_rank, args=(rank, count, store.port, log, target, args)) for rank in range(count)
     ]
+    _stores[ranks[0]] = store
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     for process in ranks:
@@ -58,7 +63,7 @@ def start_ranks(
     return ranks
 
 
-def exit_codes(ranks: list[BaseProcess], seconds: float = 120.0) -> list[int | None]:
+def exit_codes(ranks: list[BaseProcess], seconds: float = 300.0) -> list[int | None]:
     """Wait for all ranks to end; whoever has not after `seconds` is killed."""
     deadline = time.monotonic() + seconds
     for process in ranks:
@@ -68,17 +73,12 @@ def exit_codes(ranks: list[BaseProcess], seconds: float = 120.0) -> list[int | N
     return [process.exitcode for process in ranks]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _rank(
     rank: int, count: int, port: int, log: Path | None, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)

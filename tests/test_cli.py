@@ -28,7 +28,7 @@ def loglinear(folder: Path, *arguments: str | Path) -> subprocess.CompletedProce
         env=environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

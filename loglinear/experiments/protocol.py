@@ -110,8 +110,9 @@ class Experiment(Section):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with everything that results depend on."""
-        described = self.model_dump(mode="json", exclude={"title", "modes", "seeds", "margin"})
+        """Changes with everything that a run's result depends on; which runs there are is no such thing."""
+        which = {"modes", "rates", "sweep_seeds", "seeds"}
+        described = self.model_dump(mode="json", exclude={"title", "margin", *which})
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -120,7 +120,12 @@ def _sections(summary: Summary) -> Iterator[tuple[str, str, str]]:
         "level scales",
     )
     yield "Gradients", "Norms by group of parameters, median over seeds.\n", "gradient norms"
-    yield "Learning rates", "Validation loss of the sweep.\n\n" + tables.sweep_table(summary), ""
+    yield (
+        "Learning rates",
+        "Validation loss of the sweep; * if the best rate is the last one tried: a better may lie beyond.\n\n"
+        + tables.sweep_table(summary),
+        "",
+    )
 
 
 def _command(summary: Summary) -> str:

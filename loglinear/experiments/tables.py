@@ -10,7 +10,7 @@ import numpy as np
 
 from loglinear.experiments.measures import LEVEL_COLUMNS
 from loglinear.experiments.results import Result
-from loglinear.experiments.selection import sweep_scores
+from loglinear.experiments.selection import best_rate, sweep_scores
 from loglinear.experiments.summary import Comparison, Summary, failure, novel_losses, record_of, region_bounds
 
 POLICIES = ("clamp", "extend", "one")
@@ -32,17 +32,16 @@ def spread(values: Sequence[float | None], scale: float = 1.0, digits: int = 1) 
 
 
 def sweep_table(summary: Summary) -> str:
-    """Mean validation loss of every rate; the chosen one is bold."""
-    rows = []
+    """Mean validation loss of every rate; the chosen one is bold, and starred if a better one may lie beyond it."""
+    rates, rows = summary.experiment.rates, []
     for mode in summary.experiment.modes:
         scores = sweep_scores(summary.results, mode)
-        best = max(scores.values(), default=None)
-        cells = []
-        for rate in summary.experiment.rates:
-            text = f"{-scores[rate]:.3f}" if rate in scores else ""
-            cells.append(f"**{text}**" if text and scores[rate] == best else text)
+        cells = [f"{-scores[rate]:.3f}" if rate in scores else "" for rate in rates]
+        if scores:
+            best = rates.index(best_rate(summary.results, mode))
+            cells[best] = f"**{cells[best]}**" + (" *" if best in (0, len(rates) - 1) else "")
         rows.append([mode, *cells])
-    return table(["mode", *(f"{rate:g}" for rate in summary.experiment.rates)], rows)
+    return table(["mode", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def accuracy_table(summary: Summary) -> str:

@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from loglinear.config import ModelConfig
 from loglinear.model.layers import Documents, rotate
 from loglinear.ops.flops import linear_flops
+from loglinear.ops.projections import Projections
 
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
@@ -62,6 +63,7 @@ class SoftmaxMixer(nn.Module):
         self.q_proj = nn.Linear(dim, width, bias=False)
         self.k_proj = nn.Linear(dim, width, bias=False)
         self.v_proj = nn.Linear(dim, width, bias=False)
+        self.project: nn.Module = Projections()
         self.core: nn.Module = SoftmaxCore()
         self.out_proj = nn.Linear(width, dim, bias=False)
 
@@ -69,9 +71,8 @@ class SoftmaxMixer(nn.Module):
         self, x_btd: torch.Tensor, documents: Documents, state: KeyValueCache | None = None
     ) -> tuple[torch.Tensor, KeyValueCache | None]:
         """Mix along time within documents; arguments and result as in `LogLinearMixer.forward`."""
-        q_bthp, k_bthp, v_bthp = (
-            proj(x_btd).unflatten(2, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        q_bthp, k_bthp, v_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in self.project(x_btd, weights))
         q_bthp, k_bthp = (rotate(x, documents.positions_bt, self.rope_base) for x in (q_bthp, k_bthp))
         if state is None:
             o_bthp = self.core(q_bthp, k_bthp, v_bthp, documents)

@@ -20,6 +20,7 @@ from loglinear.ops.neighbours import (
     silu_product,
     skip_gate_norm,
 )
+from loglinear.ops.projections import Projections
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ class SwiGLU(nn.Module):
         self.gate = nn.Linear(dim, hidden, bias=False)
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
+        self.project: nn.Module = Projections()
 
     def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
         """Shapes [B, T, D] in and out."""
-        return self.down(silu_product(self.gate(x_btd), self.up(x_btd)))
+        return self.down(silu_product(*self.project(x_btd, (self.gate.weight, self.up.weight))))
 
     def step(self, x_bd: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """x + self(norm(x)) for one token of each document, [B, D] in and out, without gradients or hooks."""

@@ -25,6 +25,7 @@ from loglinear.ops import (
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
 from loglinear.ops.neighbours import discretise, norm_linears, skip_gate_norm_onto, step_inputs
+from loglinear.ops.projections import Projections
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
 STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
@@ -90,6 +91,7 @@ class LogLinearMixer(nn.Module):
         self.v_proj = nn.Linear(dim, values, bias=False)
         self.z_proj = nn.Linear(dim, values, bias=False)
         self.dt_proj = nn.Linear(dim, own.heads, bias=False)
+        self.project: nn.Module = Projections()
         self.q_conv = ShortConv(keys, own.conv_width)
         self.k_conv = ShortConv(keys, own.conv_width)
         self.v_conv = ShortConv(values, own.conv_width)
@@ -130,15 +132,15 @@ class LogLinearMixer(nn.Module):
         Returns:
             [B, T, D], and the state after the last token if a state was given.
         """
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        *inputs, z, raw_bth = (layer(x_btd) for layer in projections)
+        q, k, v, z, raw_bth, *of_token = self.project(x_btd, self._token_weights())
+        inputs = [q, k, v]
         past = (None, None, None) if state is None else state.recent
         q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp, z_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in (v, z))
         g_bth, weighted_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)
-        scales_bthl = self.lambda_map(x_btd, documents.positions_bt, documents.length)
+        scales_bthl = self.lambda_map(of_token, documents.positions_bt, documents.length)
         memory = None if state is None else state.memory
         assert not isinstance(memory, StateInPlace)
         o_bthp, memory = self.core(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
@@ -161,22 +163,24 @@ class LogLinearMixer(nn.Module):
             [B, D].
         """
         assert isinstance(state.memory, StateInPlace)
-        level_proj = self.lambda_map.level_proj
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
-        weights = tuple(layer.weight for layer in (*projections, *([] if level_proj is None else [level_proj])))
-        q, k, v, z, raw_bh, *read = norm_linears(x_bd, norm.weight, norm.eps, weights)
+        q, k, v, z, raw_bh, *of_token = norm_linears(x_bd, norm.weight, norm.eps, self._token_weights())
         convs = (self.q_conv, self.k_conv, self.v_conv)
         taps, biases = tuple(conv.weight for conv in convs), tuple(conv.bias for conv in convs)
         steps = (raw_bh, self.dt_bias, self.A_log)
         q, k, v, g_bh, weighted = step_inputs((q, k, v), taps, biases, state.recent, *steps)
         q_bgn, k_bgn = (x.unflatten(1, (-1, self.state_dim)) for x in (q, k))
         v_bhp, z_bhp, weighted_bhp = (x.unflatten(1, (-1, self.head_dim)) for x in (v, z, weighted))
-        read_b1e = (read[0] if read else norm(x_bd))[:, None]
-        scales_b1hl = self.lambda_map.scales(read_b1e, documents.positions_bt, documents.length)
+        of_token = [x_be[:, None] for x_be in of_token]
+        scales_b1hl = self.lambda_map(of_token, documents.positions_bt, documents.length)
         scales_bhl = None if scales_b1hl is None else scales_b1hl[:, 0]
         o_bhp = recurrent_step_in_place(state.memory, q_bgn, k_bgn, weighted_bhp, g_bh, scales_bhl)
         gate = (self.D, self.norm.weight, self.norm.eps)
         return skip_gate_norm_onto(x_bd, o_bhp, v_bhp, z_bhp, *gate, self.out_proj.weight)
+
+    def _token_weights(self) -> tuple[torch.Tensor, ...]:
+        """[E, D] of all linear layers that read the input: q, k, v, z, dt, and those of the lambda map."""
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
+        return (*(layer.weight for layer in layers), *self.lambda_map.token_weights())
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""

@@ -7,6 +7,7 @@ Sources: `scaled` arXiv 2506.04761; `mlp` and its variants arXiv 2605.06946; the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -36,13 +37,16 @@ class LambdaMap(nn.Module):
         """
         super().__init__()
         self.levels, self.beyond = levels, beyond
-        self.level_proj: nn.Linear | None = None  # all that most of those that read the token read of it
 
-    def forward(self, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor | None:
+    def token_weights(self) -> tuple[torch.Tensor, ...]:
+        """[E, D] of each linear layer that reads the mixer's input, for whoever computes all its products at once."""
+        return ()
+
+    def forward(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor, length: int) -> torch.Tensor | None:
         """Level scales, or None if they are all one.
 
         Args:
-            x_btd: the mixer's input [B, T, D].
+            of_token: the mixer's input times the transpose of each of `token_weights`, [B, T, E].
             positions_bt: int64 [B, T], of each token in its own document.
             length: at least the largest position + 1.
 
@@ -52,11 +56,7 @@ class LambdaMap(nn.Module):
         Raises:
             UserError: `length` needs more levels than were trained, and the policy is "error".
         """
-        return self.scales(x_btd if self.level_proj is None else self.level_proj(x_btd), positions_bt, length)
-
-    def scales(self, read_bte: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor | None:
-        """`forward` from what `level_proj` gives [B, T, E], or from the token itself if there is none."""
-        logits_bthl = at_least_fp32(self.logits(read_bte))
+        logits_bthl = at_least_fp32(self.logits(of_token, positions_bt))
         if self.beyond == "clamp":
             return self.activate(self.beyond_trained(logits_bthl, length), positions_bt)
         return self.beyond_trained(self.activate(logits_bthl, positions_bt), length)
@@ -75,8 +75,8 @@ class LambdaMap(nn.Module):
             return F.pad(x_bthl, (0, missing), value=1.0)
         return torch.cat([x_bthl, x_bthl[..., -1:].expand(*x_bthl.shape[:3], missing)], -1)
 
-    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
-        """What the activation is applied to, from what `scales` takes: broadcastable to [B, T, H, L]."""
+    def logits(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor) -> torch.Tensor:
+        """What the activation is applied to: broadcastable to [B, T, H, L]."""
         raise NotImplementedError
 
     def activate(self, logits_bthl: torch.Tensor, positions_bt: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,11 @@ class LambdaMLP(nn.Module):
         """Shapes [..., inputs] in and [..., outputs] out; with `softplus` of it, which is one pass on a GPU."""
         if softplus:
             return adaptive_scales(x, self.weight1, self.bias1, self.weight2, self.bias2)
-        return F.linear(F.gelu(F.linear(x, self.weight1, self.bias1)), self.weight2, self.bias2)
+        return self.second(F.linear(x, self.weight1, self.bias1))
+
+    def second(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What follows the first layer: [..., hidden] in and [..., outputs] out."""
+        return F.linear(F.gelu(hidden), self.weight2, self.bias2)
 
     def flops(self) -> int:
         """Forward FLOPs of one row."""
@@ -116,7 +120,7 @@ class LambdaMLP(nn.Module):
 class NoLambdaMap(LambdaMap):
     """lambda = 1: plain linear attention."""
 
-    def scales(self, read_bte: torch.Tensor, positions_bt: torch.Tensor, length: int) -> None:
+    def forward(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor, length: int) -> None:
         """None: the op then pays for no levels."""
 
 
@@ -127,23 +131,24 @@ class StaticLambdaMap(LambdaMap):
         super().__init__(levels, beyond)
         self.scale_hl = nn.Parameter(torch.full((heads, levels), SOFTPLUS_INVERSE_OF_1))
 
-    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
-        return self.scale_hl.expand(*read_bte.shape[:2], -1, -1)
+    def logits(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor) -> torch.Tensor:
+        return self.scale_hl.expand(*positions_bt.shape, -1, -1)
 
 
 class _Projected(LambdaMap):
     """A map of the level logits dl[h, l], one linear projection of the token."""
-
-    level_proj: nn.Linear
 
     def __init__(self, dim: int, heads: int, levels: int, beyond: str) -> None:
         super().__init__(levels, beyond)
         self.level_proj = nn.Linear(dim, heads * levels, bias=False)
         nn.init.normal_(self.level_proj.weight, std=dim**-0.5)  # unit variance from a normed input
 
-    def by_head(self, read_bte: torch.Tensor) -> torch.Tensor:
+    def token_weights(self) -> tuple[torch.Tensor, ...]:
+        return (self.level_proj.weight,)
+
+    def level_logits(self, of_token: Sequence[torch.Tensor]) -> torch.Tensor:
         """dl: [B, T, H, L]."""
-        return read_bte.unflatten(2, (-1, self.levels))
+        return of_token[0].unflatten(2, (-1, self.levels))
 
     def flops_per_token(self) -> int:
         return linear_flops(self.level_proj)
@@ -156,8 +161,8 @@ class ScaledLambdaMap(_Projected):
         super().__init__(dim, heads, levels, beyond)
         self.scale_hl = nn.Parameter(torch.ones(heads, levels))
 
-    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
-        return self.scale_hl * self.by_head(read_bte)
+    def logits(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor) -> torch.Tensor:
+        return self.scale_hl * self.level_logits(of_token)
 
 
 class LinearLambdaMap(_Projected):
@@ -168,8 +173,8 @@ class LinearLambdaMap(_Projected):
         nn.init.zeros_(self.level_proj.weight)
         self.bias_hl = nn.Parameter(torch.full((heads, levels), SOFTPLUS_INVERSE_OF_1))
 
-    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
-        return self.bias_hl + self.by_head(read_bte)
+    def logits(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor) -> torch.Tensor:
+        return self.bias_hl + self.level_logits(of_token)
 
 
 class _ThroughMLP(_Projected):
@@ -179,8 +184,8 @@ class _ThroughMLP(_Projected):
         super().__init__(dim, heads, levels, beyond)
         self.mlp = LambdaMLP(levels, hidden, levels)
 
-    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.by_head(read_bte))
+    def logits(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.level_logits(of_token))
 
     def flops_per_token(self) -> int:
         heads = self.level_proj.out_features // self.levels
@@ -190,8 +195,8 @@ class _ThroughMLP(_Projected):
 class MLPLambdaMap(_ThroughMLP):
     """softplus(W2 gelu(W1 dl + b1) + b2) on each head's L logits, the adaptive form; starts at 1."""
 
-    def scales(self, read_bte: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
-        return self.beyond_trained(self.mlp(self.by_head(read_bte), softplus=True), length)
+    def forward(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor, length: int) -> torch.Tensor:
+        return self.beyond_trained(self.mlp(self.level_logits(of_token), softplus=True), length)
 
 
 class SoftmaxLambdaMap(_ThroughMLP):
@@ -218,8 +223,11 @@ class TokenMLPLambdaMap(LambdaMap):
         super().__init__(levels, beyond)
         self.mlp = LambdaMLP(dim, hidden, heads * levels)
 
-    def logits(self, read_bte: torch.Tensor) -> torch.Tensor:
-        return self.mlp(read_bte).unflatten(2, (-1, self.levels))
+    def token_weights(self) -> tuple[torch.Tensor, ...]:
+        return (self.mlp.weight1,)
+
+    def logits(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor) -> torch.Tensor:
+        return self.mlp.second(of_token[0] + self.mlp.bias1).unflatten(2, (-1, self.levels))
 
     def flops_per_token(self) -> int:
         return self.mlp.flops()

@@ -21,13 +21,8 @@ from loglinear.parallel.mesh import Axis
 _traffic: ContextVar[Counter[str] | None] = ContextVar("traffic", default=None)
 
 
-def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """x [...], which all ranks of the axis hold alike; the gradient is the sum of theirs."""
-    return x if axis.size == 1 else _Copy.apply(x, axis)
-
-
 def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum of all ranks' x [...]; transpose of `copy_to`."""
+    """The sum of all ranks' x [...], whose gradient all ranks hold alike."""
     return x if axis.size == 1 else _Sum.apply(x, axis)
 
 
@@ -50,17 +45,6 @@ def exchange(x: torch.Tensor, axis: Axis, sent: list[int], received: list[int]) 
         sent, received: numbers of rows, by rank.
     """
     return x if axis.size == 1 else _Exchange.apply(x, axis, sent, received)
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_reduce(dx, ctx.axis), None
 
 
 class _Sum(torch.autograd.Function):
@@ -149,15 +133,14 @@ class Pending:
 
 def all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
     """A new tensor with `op` over all ranks' x [...], the same bits on all."""
-    return start_all_reduce(x, axis, op).wait()
+    return start_all_reduce(x.clone(memory_format=torch.contiguous_format), axis, op).wait()
 
 
 def start_all_reduce(x: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Pending:
-    """`all_reduce` of x [...] that is not waited for."""
-    total = x.clone(memory_format=torch.contiguous_format)
-    _count(total, axis, times=2)
-    work = None if total.is_meta else dist.all_reduce(total, op, group=axis.group, async_op=True)
-    return Pending(total, work, total)
+    """`all_reduce` that is not waited for; the result overwrites x [...], which is contiguous."""
+    _count(x, axis, times=2)
+    work = None if x.is_meta else dist.all_reduce(x, op, group=axis.group, async_op=True)
+    return Pending(x, work, x)
 
 
 def all_gather(x: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:

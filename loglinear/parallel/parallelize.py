@@ -18,11 +18,12 @@ from loglinear.model import LanguageModel, build_model
 from loglinear.model.attention import SoftmaxMixer
 from loglinear.model.layers import ShortConv
 from loglinear.model.mixer import LogLinearMixer
-from loglinear.parallel.collectives import all_reduce, copy_to, gather, sum_and_scatter, sum_over
+from loglinear.ops.projections import Projections
+from loglinear.parallel.collectives import all_reduce, gather, sum_and_scatter, sum_over
 from loglinear.parallel.context import ContextLogLinearCore, give_halo, join_rows
 from loglinear.parallel.context_softmax import ContextSoftmaxCore
 from loglinear.parallel.mesh import Axis, Mesh
-from loglinear.parallel.overlap import ColumnLinear, enter
+from loglinear.parallel.overlap import column_projections
 from loglinear.parallel.shard import Placement, cut, placement_of, placements
 from loglinear.parallel.vocabulary import VocabParallelCrossEntropy, lookup
 
@@ -68,11 +69,9 @@ class Stream:
         self._is_cut = self._sequence and torch.is_grad_enabled()
         return self.leave(partial_btd)
 
-    def enter(self, x_btd: torch.Tensor, readers: Sequence[ColumnLinear] = ()) -> torch.Tensor:
-        """All tokens [B, T, D], from what this rank holds of the stream; `readers` are layers that will read them."""
-        if readers and torch.is_grad_enabled():
-            return enter(x_btd, self._axis, TIME if self._is_cut else None, readers)
-        return gather(x_btd, self._axis, TIME) if self._is_cut else copy_to(x_btd, self._axis)
+    def enter(self, x_btd: torch.Tensor, weights_ed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """All tokens times each weight [E, D]: [B, T, E] each, from what this rank holds of the stream [B, T, D]."""
+        return column_projections(x_btd, weights_ed, self._axis, TIME if self._is_cut else None)
 
     def leave(self, partial_btd: torch.Tensor) -> torch.Tensor:
         """What this rank holds of the sum of all ranks' outputs [B, T, D]."""
@@ -97,6 +96,31 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens_bt: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] to the residual stream [B, T, D], or this rank's part of its tokens."""
         return self._stream.start(lookup(tokens_bt, self.weight, self._stream.axis))
+
+
+class ColumnProjections(nn.Module):
+    """The layers with which a half of a block takes the stream in."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def forward(self, x_btd: torch.Tensor, weights_ed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """As `Projections.forward`, from what this rank holds of [B, T, D]."""
+        return self._stream.enter(x_btd, weights_ed)
+
+
+class VocabParallelHead(nn.Linear):
+    """Rows of the head that belong to this rank's part of the vocabulary."""
+
+    def __init__(self, head: nn.Linear, stream: Stream) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight = head.weight
+        self._stream = stream
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """What this rank holds of the stream [B, T, D] to logits [B, T, V / ranks]."""
+        return self._stream.enter(input, (self.weight,))[0]
 
 
 class WholeLogits(nn.Module):
@@ -151,8 +175,7 @@ def _allocate(model: LanguageModel) -> None:
 
 def _connect(model: LanguageModel, mesh: Mesh, config: Config) -> None:
     if mesh.tensor.size > 1:
-        # ZeRO 3 has a layer's weight only while the layer runs.
-        _communicate(model, Stream(mesh.tensor, config.parallel.sequence), overlaps=config.train.zero_stage < 3)
+        _communicate(model, Stream(mesh.tensor, config.parallel.sequence))
         _sum_shared_gradients(model, mesh.tensor, config)
     if mesh.context.size > 1:
         _split_sequences(model, mesh.context)
@@ -160,43 +183,24 @@ def _connect(model: LanguageModel, mesh: Mesh, config: Config) -> None:
 
 
 def _sum_shared_gradients(model: LanguageModel, axis: Axis, config: Config) -> None:
-    """As if the parameter went through `copy_to`; on the parameter itself, so that no module needs to know."""
+    """Each rank's is a part of it. On the parameter itself, so that no module needs to know."""
     plan = placements(config)
     for name, parameter in model.named_parameters():
         if placement_of(name, plan) is Placement.SHARED:
             parameter.register_hook(lambda gradient: all_reduce(gradient, axis))
 
 
-def _communicate(model: Any, stream: Stream, overlaps: bool) -> None:
+def _communicate(model: Any, stream: Stream) -> None:
     model.embedding = VocabParallelEmbedding(model.embedding.weight, stream)  # pyright: ignore[reportArgumentType]
+    model.head = VocabParallelHead(model.head, stream)
     model.whole_logits = WholeLogits(stream.axis)
     model.loss = VocabParallelCrossEntropy(stream.axis)
-    if overlaps:
-        model.head = ColumnLinear(model.head)
-    _take_in(model.head, stream)
     for block in model.blocks:
         mlp = [] if block.mlp is None else [(block.mlp, block.mlp.down)]
         for half, last in [(block.mixer, block.mixer.out_proj), *mlp]:
-            if overlaps:
-                _replace_first_layers(half, last)
-            _take_in(half, stream)
+            assert isinstance(half.project, Projections)
+            half.project = ColumnProjections(stream)
             last.register_forward_hook(lambda module, inputs, output: stream.leave(output))
-
-
-def _replace_first_layers(half: nn.Module, last: nn.Module) -> None:
-    """All linear layers of a half but its last read what it takes in."""
-    for name, layer in list(half.named_children()):
-        if isinstance(layer, nn.Linear) and layer is not last:
-            setattr(half, name, ColumnLinear(layer))
-
-
-def _take_in(half: nn.Module, stream: Stream) -> None:
-    readers = [layer for layer in (half, *half.children()) if isinstance(layer, ColumnLinear)]
-
-    def take_in(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return stream.enter(inputs[0], readers), *inputs[1:]
-
-    half.register_forward_pre_hook(take_in)
 
 
 def _choose_groups(model: LanguageModel, axis: Axis, groups: int) -> None:

@@ -13,6 +13,8 @@ from data_pipeline.batch import IGNORED, Batch
 from loglinear.checkpoint import grad_norm, require_moments
 from loglinear.config import Config
 from loglinear.model import LanguageModel
+from loglinear.model.block import MIXERS
+from loglinear.model.layers import SwiGLU
 from loglinear.parallel import Mesh, local_batch
 from loglinear.parallel.mesh import ModelParallelUnit
 from loglinear.train.optim import make_optimizer
@@ -66,11 +68,14 @@ class Engine:
             guard: says which updates are refused.
         """
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_modules
 
         self.mesh, self.world, self.guard = mesh, mesh.world, guard
         self._loss, self._verdict = math.nan, _Verdict()
         optimizer = make_optimizer(model, config.optimizer)
         optimizer.allowed = self._allows
+        # Their layers' weights are multiplied by several at once, so ZeRO 3 has to bring them together.
+        set_z3_leaf_modules(model, [*MIXERS.values(), SwiGLU])
         self.deepspeed: Any = deepspeed.initialize(
             model=model.to(self.world.device),
             optimizer=optimizer,

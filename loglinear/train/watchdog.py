@@ -17,7 +17,7 @@ from types import TracebackType
 
 EXIT_HUNG = 4  # of a rank that the watchdog ended
 POLL_SECONDS = 0.2
-REPORT_SECONDS = 2.0  # between a rank's report and its end, which takes the others down: they report in the meantime
+REPORT_SECONDS = 5.0  # between a rank's report and its end, which takes the others down: they report in the meantime
 SPARE_SECONDS = 10.0  # after which the C watchdog ends a rank whose main thread never lets another one run
 
 

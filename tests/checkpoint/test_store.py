@@ -72,7 +72,7 @@ def test_every_element_is_saved_once(sharded: Path) -> None:
         assert all(end == start for (_, end), (start, _) in pairwise(ranges))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_range_of_any_parameter_comes_back(sharded: Path, data: st.DataObject) -> None:
     with PieceReader(read_latest(sharded / "checkpoints").folder) as reader:

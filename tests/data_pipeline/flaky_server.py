@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
 Fault = Literal["drop", "stall", "500", "503", "none"]
-STALL_SECONDS = 3.0
+STALL_SECONDS = 60.0
 
 
 @dataclass
@@ -26,6 +25,8 @@ class Site:
         ranges: whether parts of a file can be asked for.
         promised: bytes that a file is said to have more than it has.
         asked: how many requests for content came.
+        missed: how many requests came for files that are not there.
+        outwaited: how many stalls have ended by themselves, after `STALL_SECONDS`.
     """
 
     files: dict[str, bytes]
@@ -34,12 +35,15 @@ class Site:
     ranges: bool = True
     promised: int = 0
     asked: int = 0
+    missed: int = 0
+    outwaited: int = 0
     url: str = ""
 
 
 @contextmanager
 def serving(site: Site) -> Iterator[Site]:
     """Serve `site` at its `url`."""
+    closing = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -54,6 +58,7 @@ def serving(site: Site) -> Iterator[Site]:
         def _answer(self, body: bool) -> None:
             content = site.files.get(self.path.lstrip("/"))
             if content is None:
+                site.missed += 1
                 self.send_error(404)
                 return
             fault: Fault = "none"
@@ -84,7 +89,7 @@ def serving(site: Site) -> Iterator[Site]:
                 self.wfile.write(content if fault == "none" else content[: len(content) // 2])
                 self.wfile.flush()
                 if fault == "stall":
-                    time.sleep(STALL_SECONDS)
+                    site.outwaited += not closing.wait(STALL_SECONDS)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -92,5 +97,6 @@ def serving(site: Site) -> Iterator[Site]:
     try:
         yield site
     finally:
+        closing.set()
         server.shutdown()
         server.server_close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.corpus import SEQ_LEN, VOCAB
 from tests.processes import is_running, wait_for
 
 Configure = Callable[..., DataConfig]
+ATTEMPTS = 5  # to halt a preparation before it ends, which this process may be too late for
 Halted = tuple[DataConfig, subprocess.Popen[bytes]]
 
 
@@ -47,9 +49,15 @@ def halted(configure: Configure) -> Iterator[Halted]:
     """A preparation of shards of a few documents that is halted after its second shard."""
     data = configure(shard_tokens=900)
     process = start(data)
-    wait_for((data.dir / "shard-00001.json").exists)
-    process.send_signal(signal.SIGSTOP)
-    assert read_index(data.dir) is None
+    for _ in range(ATTEMPTS):
+        wait_for((data.dir / "shard-00001.json").exists)
+        process.send_signal(signal.SIGSTOP)
+        if read_index(data.dir) is None:
+            break
+        process.kill()
+        process.wait()
+        shutil.rmtree(data.dir)
+        process = start(data)
     yield data, process
     process.kill()
     process.wait()
@@ -62,7 +70,7 @@ def test_training_sees_the_same_stream_before_and_after_the_preparation_ends(hal
     wait_ready(data, process)
     early = batches(data, 4)
     process.send_signal(signal.SIGCONT)
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert read_index(data.dir) is not None
     for before, after in zip(early, batches(data, 4), strict=True):
         assert all(map(torch.equal, before, after))
@@ -74,7 +82,7 @@ def test_a_loader_waits_for_shards_that_are_still_being_made(halted: Halted) -> 
     loader = iter(TrainLoader(data, vocab_size=VOCAB, seq_len=SEQ_LEN, global_batch=64, micro_batch=64))
     process.send_signal(signal.SIGCONT)
     waited = list(islice(loader, 8))  # more than the two shards held
-    process.wait(60)
+    process.wait(300)
     again = TrainLoader(data, vocab_size=VOCAB, seq_len=SEQ_LEN, global_batch=64, micro_batch=64)
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(waited, islice(again, 8), strict=True))
 

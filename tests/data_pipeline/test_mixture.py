@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.mixture import BLOCK, Mixture, Stage
@@ -44,7 +44,6 @@ weights = st.lists(st.floats(0.01, 10), min_size=1, max_size=5)
 limits = st.lists(st.one_of(st.none(), st.integers(0, 700)), min_size=5, max_size=5)
 
 
-@settings(deadline=None)
 @given(weights=weights, limits=limits, second=st.integers(1, 1500), seed=st.integers(0, 3))
 def test_every_source_gives_its_runs_in_full_and_once(
     weights: list[float], limits: list[int | None], second: int, seed: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.order import SampleOrder, shuffled
@@ -16,13 +16,11 @@ def one_pass(order: SampleOrder, total: int, epoch: int) -> list[int]:
     return [order.locate(epoch * total + place, total) for place in range(total)]
 
 
-@settings(deadline=None)
 @given(order=orders, total=totals, epoch=st.integers(0, 3))
 def test_each_pass_takes_every_sample_once(order: SampleOrder, total: int, epoch: int) -> None:
     assert sorted(one_pass(order, total, epoch)) == list(range(total))
 
 
-@settings(deadline=None)
 @given(order=orders, total=totals, data=st.data())
 def test_the_order_is_the_same_before_the_total_is_known(order: SampleOrder, total: int, data: st.DataObject) -> None:
     number = data.draw(st.integers(0, total - 1))
@@ -31,7 +29,6 @@ def test_the_order_is_the_same_before_the_total_is_known(order: SampleOrder, tot
         assert order.locate(number, known) == order.locate(number, total)
 
 
-@settings(deadline=None)
 @given(order=orders, total=totals)
 def test_the_first_pass_takes_the_windows_in_stream_order(order: SampleOrder, total: int) -> None:
     windows = [sample // order.window for sample in one_pass(order, total, 0)]
@@ -46,7 +43,6 @@ def test_passes_and_seeds_differ() -> None:
     assert later_windows[10] == 10, "the shorter last window stays last"
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 300), key=st.text(max_size=5))
 def test_a_shuffle_is_a_permutation(size: int, key: str) -> None:
     assert sorted(shuffled(place, size, key) for place in range(size)) == list(range(size))

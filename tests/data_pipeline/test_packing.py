@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.batch import IGNORED, make_batch
@@ -32,7 +32,6 @@ def documents(lengths: list[int]) -> list[np.ndarray]:
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=30)
 
 
-@settings(deadline=None)
 @given(lengths=lengths, seq_len=st.integers(1, 20))
 def test_every_token_is_a_label_once(lengths: list[int], seq_len: int) -> None:
     given_documents = documents(lengths)
@@ -47,7 +46,6 @@ def test_every_token_is_a_label_once(lengths: list[int], seq_len: int) -> None:
     assert packed.cut == sum(n > seq_len + 1 for n in lengths)
 
 
-@settings(deadline=None)
 @given(lengths=lengths, seq_len=st.integers(1, 20))
 def test_a_token_follows_the_one_before_it_or_starts_a_sequence(lengths: list[int], seq_len: int) -> None:
     given_documents = documents(lengths)

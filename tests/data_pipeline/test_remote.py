@@ -7,7 +7,6 @@ import io
 import json
 import lzma
 import random
-import time
 from pathlib import Path
 
 import pyarrow
@@ -81,11 +80,10 @@ def test_no_row_is_lost_or_doubled_when_the_server_fails(name: str) -> None:
 
 
 def test_a_stalled_connection_is_given_up_and_opened_again() -> None:
-    start = time.monotonic()
     with serving(Site(FILES, faults=["none", "stall", "none", "stall"])) as site:
         assert read(site, "a.jsonl") == TEXTS
         assert not site.faults
-    assert time.monotonic() - start < 3
+        assert not site.outwaited
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -119,10 +117,10 @@ def test_a_file_that_ends_too_early_is_no_short_epoch() -> None:
 
 
 def test_a_file_that_is_not_there_is_not_asked_for_again() -> None:
-    start = time.monotonic()
-    with serving(Site(FILES)) as site, pytest.raises(UserError, match=r"cannot read .*b.jsonl .*correct the path"):
-        read(site, "b.jsonl")
-    assert time.monotonic() - start < 2
+    with serving(Site(FILES)) as site:
+        with pytest.raises(UserError, match=r"cannot read .*b.jsonl .*correct the path"):
+            read(site, "b.jsonl")
+        assert site.missed <= 2
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.prepare import prepare
@@ -79,7 +79,6 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return path
 
 
-@settings(deadline=None)
 @given(text=st.one_of(any_text, st.sampled_from(["<|endoftext|>", "a<|endoftext|>b"])))
 def test_a_tokenizer_json_keeps_text_too(byte_level: Path, text: str) -> None:
     tokenizer = Tokenizer(byte_level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,13 @@ def test_longer_rows_are_shown_by_policy(summary: Summary) -> None:
     ]
 
 
-def test_the_sweep_shows_its_choice(summary: Summary) -> None:
-    assert rows(tables.sweep_table(summary))[3] == ["mlp", "1.700", "**1.600**"]
+def test_the_sweep_shows_its_choice_and_whether_it_was_wide_enough(summary: Summary) -> None:
+    """Only a best rate between others is one that no rate beyond can beat."""
+    assert rows(tables.sweep_table(summary))[3] == ["mlp", "1.700", "**1.600** *"]
+    wider = EXPERIMENT.model_copy(update={"rates": (1e-3, 1e-2, 3e-2)})
+    worse = made("mlp", "sweep", 3e-2, 1000, 0.35)
+    enough = replace(summary, experiment=wider, results=[*summary.results, worse])
+    assert rows(tables.sweep_table(enough))[3] == ["mlp", "1.700", "**1.600**", "1.650"]
 
 
 def test_of_rates_that_tie_the_smallest_is_taken() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from loglinear.model.layers import Documents
 from loglinear.model.mixer import LogLinearMixer
 from loglinear.ops.flops import attention_flops
 from loglinear.ops.lambda_map import LambdaMap
+from loglinear.ops.projections import projections
 from tests.model.model_cases import PATTERNS, random_tokens, tiny
 
 DIM, VOCAB, MLP = 16, 23, 20
@@ -59,7 +61,7 @@ def causal_half(config: ModelConfig, kind: MixerName, time: int) -> int:
     return time * CHUNK * (own.groups * own.state_dim + own.heads * own.head_dim)
 
 
-def measured(function: torch.nn.Module, *arguments: object) -> int:
+def measured(function: Callable[..., object], *arguments: object) -> int:
     """FLOPs of a forward pass as torch counts them; its counter knows attention only as plain products."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function(*arguments)
@@ -90,8 +92,12 @@ def test_flops_of_every_layer_are_what_torch_counts(pattern: tuple[MixerName, ..
 def test_flops_of_level_maps_are_what_torch_counts(name: str) -> None:
     own = LogLinearConfig.model_validate({"heads": H, "level_scale": name})
     level_map = next(m for m in _modules(tiny(log_linear=own)) if isinstance(m, LambdaMap))
-    positions_bt = torch.arange(64)[None]
-    assert measured(level_map, torch.randn(1, 64, DIM), positions_bt, 64) == 64 * level_map.flops_per_token()
+    x_btd, positions_bt = torch.randn(1, 64, DIM), torch.arange(64)[None]
+
+    def from_tokens() -> None:
+        level_map(projections(x_btd, level_map.token_weights()), positions_bt, 64)
+
+    assert measured(from_tokens) == 64 * level_map.flops_per_token()
 
 
 def _modules(config: ModelConfig) -> list[torch.nn.Module]:

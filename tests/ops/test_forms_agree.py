@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from loglinear.ops import chunk_log_linear_attention
 from tests.ops.op_cases import Inputs, Sizes, assert_close, boundaries, random_inputs, random_state, run
 
-FEW = settings(deadline=None, max_examples=300, derandomize=True)
+FEW = settings(max_examples=300, derandomize=True)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typing
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from loglinear.config import LevelScaleName, LogLinearConfig, ModelConfig
 from loglinear.errors import UserError
@@ -43,8 +44,12 @@ def tokens(batch: int = 2, time: int = TIME) -> tuple[torch.Tensor, torch.Tensor
     return x_btd, torch.arange(time).expand(batch, time)
 
 
+def applied(module: LambdaMap, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
+    return module([F.linear(x_btd, weight_ed) for weight_ed in module.token_weights()], positions_bt, length)
+
+
 def scales(module: LambdaMap, batch: int = 2, time: int = TIME) -> torch.Tensor:
-    scales_bthl = module(*tokens(batch, time), time)
+    scales_bthl = applied(module, *tokens(batch, time), time)
     assert scales_bthl is not None
     return scales_bthl
 
@@ -69,11 +74,11 @@ def test_scales_have_a_level_for_every_head_and_token(name: LevelScaleName) -> N
 @pytest.mark.parametrize("name", WITH_SCALES)
 def test_scales_of_bf16_weights_are_fp32(name: LevelScaleName) -> None:
     x_btd, positions_bt = tokens()
-    assert make(name).bfloat16()(x_btd.bfloat16(), positions_bt, TIME).dtype == torch.float32
+    assert applied(make(name).bfloat16(), x_btd.bfloat16(), positions_bt, TIME).dtype == torch.float32
 
 
 def test_none_is_nothing() -> None:
-    assert make("none")(*tokens(), TIME) is None
+    assert applied(make("none"), *tokens(), TIME) is None
     assert list(make("none").parameters()) == []
 
 
@@ -134,7 +139,7 @@ def test_masked_softmax_starts_even_over_the_levels_that_are_read() -> None:
 
 def test_masked_softmax_counts_positions_within_documents() -> None:
     x_btd, _ = tokens(1, 4)
-    scales_bthl = disturbed("mlp_masked_softmax")(x_btd, torch.tensor([[0, 1, 0, 4]]), 5)
+    scales_bthl = applied(disturbed("mlp_masked_softmax"), x_btd, torch.tensor([[0, 1, 0, 4]]), 5)
     assert (scales_bthl[0, :, 0] > 0).tolist() == [levels_read(t) for t in (0, 1, 0, 4)]
 
 
@@ -201,7 +206,7 @@ def test_longer_sequences_take_the_last_trained_level(name: LevelScaleName) -> N
     torch.testing.assert_close(last_bhl, last_bhl[..., :1].expand(-1, -1, 3))
     if name not in SOFTMAX:
         x_btd, positions_bt = tokens(2, 113)
-        short_bthl = module(x_btd[:, :TIME], positions_bt[:, :TIME], TIME)
+        short_bthl = applied(module, x_btd[:, :TIME], positions_bt[:, :TIME], TIME)
         torch.testing.assert_close(scales_bthl[:, :TIME, :, :LEVELS], short_bthl)
 
 
@@ -210,7 +215,7 @@ def test_longer_sequences_are_refused_where_asked(name: LevelScaleName) -> None:
     module = make(name, beyond="error")
     assert scales(module).shape[-1] == LEVELS
     with pytest.raises(UserError, match=r"33 tokens needs 7 levels, but 6 were trained.*beyond_trained_levels=clamp"):
-        module(*tokens(2, 33), 33)
+        applied(module, *tokens(2, 33), 33)
 
 
 @pytest.mark.parametrize("name", WITH_SCALES)
@@ -236,10 +241,10 @@ def test_longer_sequences_get_the_last_lambda_or_one_where_asked(name: LevelScal
     x_btd, positions_bt = tokens(2, 113)
     with pytest.MonkeyPatch.context() as patch:  # 113 tokens ask for as many levels as there are
         patch.setattr("loglinear.ops.lambda_map.num_levels", lambda length: LEVELS)
-        trained_bthl = module(x_btd, positions_bt, 113)
+        trained_bthl = applied(module, x_btd, positions_bt, 113)
     assert trained_bthl is not None
     for beyond, further in (("extend", trained_bthl[..., -1:]), ("one", torch.ones(()))):
         module.beyond = beyond
-        scales_bthl = module(x_btd, positions_bt, 113)
+        scales_bthl = applied(module, x_btd, positions_bt, 113)
         torch.testing.assert_close(scales_bthl[..., :LEVELS], trained_bthl)
         torch.testing.assert_close(scales_bthl[..., LEVELS:], further.expand(2, 113, HEADS, 2))

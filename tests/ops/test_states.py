@@ -63,7 +63,7 @@ def cut_documents(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return [length + 2 for length in lengths], [cut + 1 for cut in cuts]
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(documents=cut_documents(), pair=st.tuples(forms, forms), groups=st.sampled_from([1, 4]), seed=st.integers(0, 99))
 def test_a_sequence_may_be_cut_anywhere(
     documents: tuple[list[int], list[int]], pair: tuple[str, str], groups: int, seed: int

@@ -25,7 +25,7 @@ def members(trees: torch.Tensor) -> list[int]:
     return sorted(trees[trees >= 0].tolist())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(tables=layouts())
 def test_every_merge_above_the_pairs_is_in_one_tree_below_its_parent(tables: Tables) -> None:
     merges = [member for trees in tables.merge_trees for member in members(trees)]
@@ -42,7 +42,7 @@ def test_every_merge_above_the_pairs_is_in_one_tree_below_its_parent(tables: Tab
         made |= {tables.row_states + merge for merge in members(trees)}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(tables=layouts())
 def test_every_source_is_in_one_tree_with_those_that_need_its_gradient(tables: Tables) -> None:
     sources = [member for trees in tables.source_trees for member in members(trees)]

@@ -106,7 +106,7 @@ def layouts(draw: st.DrawFn) -> Inputs:
     return inputs
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(inputs=layouts())
 def test_layouts(inputs: Inputs) -> None:
     assert_accurate(inputs, torch.bfloat16)

@@ -6,6 +6,7 @@ All of it is here or in `loglinear.scaling.parity`, so that one start of ranks s
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from loglinear.parallel.collectives import Pending, count_traffic
 from loglinear.parallel.mesh import Mesh
 from loglinear.parallel.parallelize import parallelize
 from loglinear.scaling.parity import VOCAB, Case, Differences, batch_of, compare, own_samples
+from loglinear.train import engine as engine_module
 from loglinear.train.engine import Engine
 from loglinear.train.optim import make_optimizer
 from loglinear.train.schedule import learning_rate
@@ -65,7 +67,7 @@ EPS = 1e-4  # so that AdamW does not blow up what rounding leaves of gradients t
 def training_config(case: Case, stage: int) -> Config:
     """The case's model trained for a few steps, with clipping that acts."""
     tree = case.config().model_dump()
-    tree["train"] |= {"steps": STEPS, "zero_stage": stage}
+    tree["train"] |= {"steps": STEPS, "zero_stage": stage, "activation_checkpointing": case.recomputes}
     tree["optimizer"] |= {"lr": 1e-2, "clip_norm": CLIP_NORM, "eps": EPS}
     return Config.model_validate(tree)
 
@@ -104,6 +106,7 @@ def train_plainly(case: Case) -> Truth:
 def train_cases(cases: list[tuple[Case, int]], truths: dict[str, Truth], folder: Path) -> None:
     """In every rank: each case under its ZeRO stage; what differs is written to `folder`, one file a rank."""
     world = start_world()
+    release_small_parameters_too()
 
     def check(case: Case, stage: int) -> Differences:
         return compare_training(case, stage, truths[case.pattern], make_mesh(world, case.config().parallel))
@@ -117,11 +120,20 @@ def compare_training(case: Case, stage: int, truth: Truth, mesh: Mesh) -> Differ
     config = training_config(case, stage)
     engine = Engine(parallel_model(mesh, config, fresh=True), config, mesh, Guard(config.stability))
     timer, differences = StepTimer(torch.device("cpu")), Differences(1e-5)
+    if stage == 3:  # DeepSpeed numbers the modules whose weights it brings together; `mixer` and `mlp` are such
+        alone = [name for name, module in engine.model.named_modules() if hasattr(module, "ds_id")]
+        inside = re.compile(r"blocks\.\d+\.(mixer|mlp)\..+")
+        differences.found += [f"{name} is gathered by itself" for name in alone if inside.fullmatch(name)]
+    behind_blocks: list[list[str]] = []
+    engine.model.norm.register_forward_pre_hook(lambda *_: behind_blocks.append(whole_parameters(engine.model)))
     for step in range(STEPS):
         own = own_samples(batch_of(case, seed=step), mesh)
         result = engine.step([own], learning_rate(config, step), False, timer)
         differences.compare(f"loss of step {step}", torch.tensor(result.loss), torch.tensor(truth.losses[step]))
         differences.compare(f"norm of step {step}", torch.tensor(result.grad_norm), torch.tensor(truth.norms[step]))
+        if stage == 3:
+            held = [name for name in behind_blocks[0] if name.startswith("blocks.")] + whole_parameters(engine.model)
+            differences.found += [f"{name} was not released by step {step}" for name in held]
         if step == 0:
             beta = config.optimizer.betas[0]
             gradients = {name: (1 - beta) * gradient for name, gradient in truth.gradients.items()}
@@ -130,6 +142,22 @@ def compare_training(case: Case, stage: int, truth: Truth, mesh: Mesh) -> Differ
     reach = config.optimizer.lr * STEPS  # as far as AdamW moves an element, however small its gradient
     compare_fragments(engine, "weight", truth.weights, differences, noise=1e-5 * reach)
     return differences
+
+
+def whole_parameters(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that are there; those that ZeRO 3 has released have no numbers."""
+    return [name for name, parameter in model.named_parameters() if parameter.numel()]
+
+
+def release_small_parameters_too() -> None:
+    """DeepSpeed keeps what has less than 100,000 numbers, all of these models, once ZeRO 3 has brought it together."""
+    configure = engine_module._deepspeed_config
+
+    def configured(*args: Any) -> dict[str, Any]:
+        tree = configure(*args)
+        return tree | {"zero_optimization": tree["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+
+    engine_module._deepspeed_config = configured
 
 
 def compare_fragments(
@@ -231,9 +259,15 @@ def note_order(folder: Path) -> None:
         return noted
 
     overlap = loglinear.parallel.overlap
-    overlap.start_reduce_scatter = noting("start", overlap.start_reduce_scatter)
-    for node, what in ((overlap._Weight, "weight"), (overlap._Finish, "wait")):
-        node.backward = staticmethod(noting(what, node.backward))
+    start = overlap.start_reduce_scatter
+
+    class Noted(Pending):
+        def wait(self) -> torch.Tensor:
+            order.append("wait")
+            return super().wait()
+
+    overlap.start_reduce_scatter = noting("start", lambda *args: Noted(**vars(start(*args))))
+    overlap.weight_gradients = noting("weights", overlap.weight_gradients)
     tree = Case((1, 1, world.size), "log_linear").config().model_dump()
     tree["model"] |= {"layers": 1}
     config = Config.model_validate(tree)

@@ -24,16 +24,17 @@ from loglinear.model import build_model
 from loglinear.parallel import make_mesh, parallel_model, start_world
 from loglinear.train.run import train
 from tests.processes import exit_codes, start_ranks
-from tests.train.small import losses, saved_tensors, small_config
+from tests.train.small import GLOBAL_BATCH, losses, saved_tensors, small_config
 from tests.train.test_resume import run_until
 
 MODEL = {"log_linear": {"heads": 4, "head_dim": 16, "state_dim": 16}, "softmax": {"heads": 4, "head_dim": 16}}
+STOP = 8  # the step behind which a run is saved; ten more follow
 LOADS = [(1, 1, 1), (4, 1, 1), (1, 1, 4), (2, 2, 1)]
 
 
 def over(folder: Path, data: DataConfig, mesh: tuple[int, int, int], stage: int) -> Config:
     parallel = {"context": mesh[1], "tensor": mesh[2]}
-    train_settings = {"zero_stage": stage, "micro_batch": 2}
+    train_settings = {"steps": STOP + 10, "zero_stage": stage, "micro_batch": GLOBAL_BATCH // mesh[0]}
     return small_config(folder, data, model=MODEL, train=train_settings, parallel=parallel)
 
 
@@ -46,9 +47,9 @@ def uninterrupted(prepared: DataConfig, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def stopped(request: pytest.FixtureRequest, prepared: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over data 2 x tensor 2, stopped halfway, under each ZeRO stage."""
+    """A run over data 2 x tensor 2, stopped ten steps before its end, under each ZeRO stage."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    run_until(over(folder, prepared, (2, 1, 2), request.param), 4, 8, signal.SIGTERM)
+    run_until(over(folder, prepared, (2, 1, 2), request.param), 4, STOP, signal.SIGTERM)
     return folder
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,9 @@ from loglinear.config import Config, DataConfig
 from loglinear.train.run import train
 from tests.processes import exit_codes, start_ranks, wait_for
 from tests.train.small import STEPS, losses, records, saved_tensors, small_config
+from tests.train.trouble import train_signalled
 
 KILLS_ANYWHERE, KILLS_IN_A_SAVE = 14, 6
-
-
-def steps_done(folder: Path) -> int:
-    return max((record["step"] for record in records(folder)), default=0) if (folder / "metrics.jsonl").exists() else 0
 
 
 def last_saved(folder: Path) -> int:
@@ -31,19 +29,26 @@ def last_saved(folder: Path) -> int:
 
 
 def run_until(config: Config, ranks: int, step: int, number: int) -> None:
-    """Train, and after `step` send one rank the signal; all save together and end well."""
-    folder = config.run.folder
-    processes = start_ranks(ranks, train, config)
-    wait_for(lambda: steps_done(folder) >= step)
-    pid = processes[-1].pid
-    assert pid is not None
-    os.kill(pid, number)
-    assert exit_codes(processes) == [0] * ranks
-    assert step <= last_saved(folder) < config.train.steps
+    """Train, and in `step` one rank gets the signal; all save together behind it and end well."""
+    assert exit_codes(start_ranks(ranks, train_signalled, config, step, number)) == [0] * ranks
+    assert last_saved(config.run.folder) == step
 
 
 def is_saving(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("*.tmp"))
+
+
+def freeze_in_a_save(process: BaseProcess, folder: Path, rng: random.Random) -> None:
+    """Return when the process stands still at a random place of a save, or has ended."""
+    while True:
+        wait_for(lambda: is_saving(folder) or not process.is_alive())
+        if not process.is_alive():
+            return
+        time.sleep(rng.uniform(0.0, 0.01))
+        os.kill(process.pid, signal.SIGSTOP)
+        if is_saving(folder):
+            return
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def finish(config: Config, ranks: int = 1) -> None:
@@ -81,8 +86,7 @@ def test_killed_at_20_random_moments_it_goes_on_bit_for_bit(
         if kill < KILLS_ANYWHERE:
             time.sleep(rng.uniform(0.0, 2.5))
         else:
-            wait_for(lambda process=process: is_saving(folder) or not process.is_alive())
-            time.sleep(rng.uniform(0.0, 0.01))
+            freeze_in_a_save(process, folder, rng)
         process.kill()
         process.join()
         struck_saves += is_saving(folder)

@@ -29,6 +29,7 @@ def hang_in_a_collective() -> None:
     """Rank 1 sleeps instead of taking part."""
     with Watchdog(3.0) as watchdog:
         world = start_world()
+        world.sum(1.0)  # ranks connect at their first collective; from here they count together
         watchdog.beat("adding up")
         if world.rank == 1:
             time.sleep(600)

@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from loglinear.config import Config, DataConfig
 from loglinear.train.folder import RunFolder
 from loglinear.train.run import train
 from loglinear.train.weights_and_biases import WandbRun
-from tests.processes import exit_codes, start_ranks
+from tests.processes import exit_codes, is_running, start_ranks, wait_for
 from tests.train.small import small_config
 
 BLOCK, HEADER = 32_768, 7  # bytes of LevelDB's log format; W&B's files begin with as many of its own as a header has
@@ -55,7 +54,7 @@ def losing_wandb(config: Config) -> None:
     run.log(1, {"loss": 2.0})
     found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout
     os.kill(int(found), signal.SIGKILL)
-    time.sleep(1)
+    wait_for(lambda: not is_running(int(found)))
     for step in (2, 3):
         run.log(step, {"loss": 1.0})
     run.close()

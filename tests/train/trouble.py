@@ -55,6 +55,19 @@ def train_poisoned(config: Config, bad: Mapping[int, float], stop_after: int | N
     run.train(config)
 
 
+def train_signalled(config: Config, step: int, number: int) -> None:
+    """When `step` begins the last rank gets the signal."""
+    rank, ranks, plain = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), run._Run._step
+
+    def _step(self: run._Run, now: int) -> Any:
+        if now == step and rank == ranks - 1:
+            os.kill(os.getpid(), number)
+        return plain(self, now)
+
+    run._Run._step = _step
+    run.train(config)
+
+
 def train_without(config: Config, step: int, window: int) -> None:
     """Nothing happens, but behind `step` steps the data jump over `window` steps' samples."""
     plain = _Share.numbers

@@ -1,0 +1,83 @@
+"""Layers that read one input, held to separate layers of torch in float64.
+
+Shapes: b batch, t time, d width that is read, e width that is made.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from loglinear.ops.projections import projections
+
+WIDTHS = (5, 3, 4)
+
+
+def leaves(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x_btd, *weights_ed = (
+        torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True)
+        for shape in ((2, 7, 6), *((width, 6) for width in WIDTHS))
+    )
+    return x_btd, weights_ed
+
+
+def loss(outputs: tuple[torch.Tensor, ...], used: tuple[int, ...]) -> torch.Tensor:
+    return sum(((index + 1) * outputs[index]).sin().sum() for index in used)  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2), ("x",)])
+def test_outputs_and_every_gradient_are_those_of_separate_layers(used: tuple[int, ...], frozen: tuple) -> None:
+    x_btd, weights_ed = leaves()
+    for name in frozen:
+        (x_btd if name == "x" else weights_ed[name]).requires_grad_(False)
+    learning = [tensor for tensor in (x_btd, *weights_ed) if tensor.requires_grad]
+    separate = tuple(F.linear(x_btd, weight_ed) for weight_ed in weights_ed)
+    together = projections(x_btd, weights_ed)
+    for found, expected in zip(together, separate, strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if not any(tensor.requires_grad for tensor in (x_btd, *(weights_ed[index] for index in used))):
+        return
+    expected = torch.autograd.grad(loss(separate, used), learning, allow_unused=True)
+    for found, wanted in zip(
+        torch.autograd.grad(loss(together, used), learning, allow_unused=True), expected, strict=True
+    ):
+        assert (found is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_the_input_are_summed_by_the_products_themselves() -> None:
+    """Three products and no addition; autograd would add twice."""
+    x_btd, weights_ed = leaves()
+    total = loss(projections(x_btd, weights_ed), (0, 1, 2))
+    with torch.profiler.profile() as profile:
+        total.backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::addmm"] == 2
+    assert "aten::add" not in counts
+
+
+def test_torch_counts_its_flops() -> None:
+    x_btd, weights_ed = leaves()
+    with FlopCounterMode(display=False) as counter:
+        loss(projections(x_btd, weights_ed), (0, 1, 2)).backward()
+    assert counter.get_total_flops() == 3 * 2 * x_btd.numel() * sum(WIDTHS)
+
+
+def test_it_is_understood_by_vmap_and_by_the_meta_device() -> None:
+    x_btd, weights_ed = leaves()
+    stacked = [torch.stack([weight_ed, 2 * weight_ed]).detach().requires_grad_() for weight_ed in weights_ed]
+    outputs = torch.vmap(lambda *weights: projections(x_btd * weights[0].sum(), weights))(*stacked)
+    for output, weight in zip(outputs, weights_ed, strict=True):
+        for run in (1, 2):
+            expected = F.linear(x_btd * run * weights_ed[0].sum(), run * weight)
+            torch.testing.assert_close(output[run - 1], expected, rtol=1e-12, atol=1e-12)
+    on_meta = x_btd.detach().to("meta").requires_grad_()
+    sum(y.sum() for y in projections(on_meta, [w.detach().to("meta") for w in weights_ed])).backward()
+    assert on_meta.grad is not None
+    assert on_meta.grad.shape == x_btd.shape
