@@ -31,8 +31,15 @@ class Block(nn.Module):
         x_btd = x_btd + mixed_btd
         if self.mlp is None or self.mlp_norm is None:
             return x_btd, state
-        mlp = self.mlp.step if isinstance(state, MixerState) and state.in_place else self.mlp
-        return x_btd + mlp(self.mlp_norm(x_btd)), state
+        return x_btd + self.mlp(self.mlp_norm(x_btd)), state
+
+    def step(self, x_bd: torch.Tensor, documents: Documents, state: MixerState) -> torch.Tensor:
+        """`forward` of one token of each document, [B, D] in and out; as `LogLinearMixer.step`, which the mixer has."""
+        assert isinstance(self.mixer, LogLinearMixer)
+        x_bd = self.mixer.step(x_bd, self.mixer_norm, documents, state)
+        if self.mlp is None or self.mlp_norm is None:
+            return x_bd
+        return self.mlp.step(x_bd, self.mlp_norm)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of a token, averaged over a document of `seq_len` tokens, two per multiply-add."""

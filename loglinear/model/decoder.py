@@ -27,7 +27,7 @@ class Decoder:
         """Go on from `state`, which stays as it is.
 
         Args:
-            model: on one device, its weights whole and of one dtype: no hook may do anything that a graph cannot hold.
+            model: on one device, its weights whole and of one dtype; hooks within blocks are not called.
             state: what came before, of B documents.
         """
         self._model, self._state, self._graph = model, state, None
@@ -80,11 +80,11 @@ class Decoder:
         """A step that overwrites `state`."""
         memory: StateInPlace = state.layers[0].memory  # pyright: ignore
         documents = Documents(memory.positions[:, None], (1 << memory.buckets.shape[2]) - 1)
-        x_btd = self._model.embedding(self._tokens_b1)
+        x_bd = self._model.embedding(self._tokens_b1[:, 0])
         for block, before in zip(self._model.blocks, state.layers, strict=True):
-            x_btd, _ = block(x_btd, documents, before)
+            x_bd = block.step(x_bd, documents, before)  # pyright: ignore[reportCallIssue]
         memory.positions.add_(1)
-        return self._model.logits(x_btd[:, -1])
+        return self._model.logits(x_bd)
 
 
 def _in_place(state: DecodeState) -> DecodeState:

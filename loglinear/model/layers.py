@@ -14,9 +14,8 @@ from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.flops import linear_flops
 from loglinear.ops.neighbours import (
     causal_conv_silu,
-    conv_silu_step,
-    gated_linear,
-    linears,
+    linear_onto,
+    norm_gated_linear,
     rms_norm,
     silu_product,
     skip_gate_norm,
@@ -92,10 +91,6 @@ class ShortConv(nn.Module):
         packed = documents.cu_seqlens is not None
         return causal_conv_silu(x_btc, self.weight, self.bias, documents.positions_bt, past_bwc, packed=packed)
 
-    def step(self, x_b1c: torch.Tensor, past_bwc: torch.Tensor) -> torch.Tensor:
-        """One token [B, 1, C] on a GPU behind the last width - 1, which are overwritten with the next token's."""
-        return conv_silu_step(x_b1c[:, 0], self.weight, self.bias, past_bwc)[:, None]
-
 
 class GatedRMSNorm(nn.Module):
     """RMSNorm((o + skip * v) * silu(z)) within each head, one weight of [P] for all heads.
@@ -143,10 +138,10 @@ class SwiGLU(nn.Module):
         """Shapes [B, T, D] in and out."""
         return self.down(silu_product(*self.project(x_btd, (self.gate.weight, self.up.weight))))
 
-    def step(self, x_b1d: torch.Tensor) -> torch.Tensor:
-        """The same for one token of each row, [B, 1, D], without gradients or hooks."""
-        hidden_b1e = gated_linear(x_b1d, self.gate.weight, self.up.weight)
-        return linears(hidden_b1e, (self.down.weight,))[0]
+    def step(self, x_bd: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """x + self(norm(x)) for one token of each document, [B, D] in and out, without gradients or hooks."""
+        hidden_be = norm_gated_linear(x_bd, norm.weight, norm.eps, self.gate.weight, self.up.weight)
+        return linear_onto(x_bd, hidden_be, self.down.weight)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of a token, two per multiply-add."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loglinear.config import ModelConfig
-from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv
+from loglinear.model.layers import Documents, GatedRMSNorm, RMSNorm, ShortConv
 from loglinear.ops import (
     LogLinearState,
     StateInPlace,
@@ -24,7 +24,7 @@ from loglinear.ops import (
 )
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
-from loglinear.ops.neighbours import discretise, linears
+from loglinear.ops.neighbours import discretise, norm_linears, skip_gate_norm_onto, step_inputs
 from loglinear.ops.projections import Projections
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
@@ -43,34 +43,26 @@ class MixerState:
     memory: LogLinearState | StateInPlace
     recent: tuple[torch.Tensor, ...]
 
-    @property
-    def in_place(self) -> bool:
-        """Whether a call of one token overwrites this state."""
-        return isinstance(self.memory, StateInPlace)
-
 
 class LogLinearCore(nn.Module):
     """The op over many tokens, or its decoding step for one; without weights, so that another can take its place."""
 
     def forward(
         self,
-        memory: LogLinearState | StateInPlace | None,
+        memory: LogLinearState | None,
         q_btgn: torch.Tensor,
         k_btgn: torch.Tensor,
         v_bthp: torch.Tensor,
         g_bth: torch.Tensor,
         scales_bthl: torch.Tensor | None,
         documents: Documents,
-    ) -> tuple[torch.Tensor, LogLinearState | StateInPlace | None]:
+    ) -> tuple[torch.Tensor, LogLinearState | None]:
         """Outputs [B, T, H, P], and the memory after the last token if one was given."""
         if memory is not None and v_bthp.shape[1] == 1 and documents.cu_seqlens is None:
             q, k, v, g = (x[:, 0] for x in (q_btgn, k_btgn, v_bthp, g_bth))
             scales = None if scales_bthl is None else scales_bthl[:, 0]
-            if isinstance(memory, StateInPlace):
-                return recurrent_step_in_place(memory, q, k, v, g, scales)[:, None], memory
             o_bhp, memory = recurrent_step(memory, q, k, v, g, scales)
             return o_bhp[:, None], memory
-        assert not isinstance(memory, StateInPlace)
         return log_linear_attention(
             q_btgn,
             k_btgn,
@@ -140,30 +132,55 @@ class LogLinearMixer(nn.Module):
         Returns:
             [B, T, D], and the state after the last token if a state was given.
         """
-        layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
-        weights = (*(layer.weight for layer in layers), *self.lambda_map.token_weights())
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        project = linears if state is not None and state.in_place else self.project
-        q, k, v, z, raw_bth, *of_token = project(x_btd, weights)
+        q, k, v, z, raw_bth, *of_token = self.project(x_btd, self._token_weights())
         inputs = [q, k, v]
-        if state is not None and state.in_place:
-            q, k, v = (conv.step(x, past) for conv, x, past in zip(convs, inputs, state.recent, strict=True))
-        else:
-            past = (None, None, None) if state is None else state.recent
-            q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
+        past = (None, None, None) if state is None else state.recent
+        q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp, z_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in (v, z))
         g_bth, weighted_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)
         scales_bthl = self.lambda_map(of_token, documents.positions_bt, documents.length)
         memory = None if state is None else state.memory
+        assert not isinstance(memory, StateInPlace)
         o_bthp, memory = self.core(memory, q_btgn, k_btgn, weighted_bthp, g_bth, scales_bthl, documents)
 
         y_btc = self.norm(o_bthp, v_bthp, z_bthp, self.D).flatten(2)
         if state is None or memory is None:
             return self.out_proj(y_btc), None
-        if state.in_place:
-            return linears(y_btc, (self.out_proj.weight,))[0], state
         return self.out_proj(y_btc), MixerState(memory, _recent(state.recent, inputs, documents))
+
+    def step(self, x_bd: torch.Tensor, norm: RMSNorm, documents: Documents, state: MixerState) -> torch.Tensor:
+        """x + self(norm(x)) for one token of each document, on a GPU, in few launches and without gradients or hooks.
+
+        Args:
+            x_bd: [B, D], contiguous.
+            norm: what stands before the mixer.
+            documents: positions [B, 1] of the tokens.
+            state: in place; overwritten, but for its positions.
+
+        Returns:
+            [B, D].
+        """
+        assert isinstance(state.memory, StateInPlace)
+        q, k, v, z, raw_bh, *of_token = norm_linears(x_bd, norm.weight, norm.eps, self._token_weights())
+        convs = (self.q_conv, self.k_conv, self.v_conv)
+        taps, biases = tuple(conv.weight for conv in convs), tuple(conv.bias for conv in convs)
+        steps = (raw_bh, self.dt_bias, self.A_log)
+        q, k, v, g_bh, weighted = step_inputs((q, k, v), taps, biases, state.recent, *steps)
+        q_bgn, k_bgn = (x.unflatten(1, (-1, self.state_dim)) for x in (q, k))
+        v_bhp, z_bhp, weighted_bhp = (x.unflatten(1, (-1, self.head_dim)) for x in (v, z, weighted))
+        of_token = [x_be[:, None] for x_be in of_token]
+        scales_b1hl = self.lambda_map(of_token, documents.positions_bt, documents.length)
+        scales_bhl = None if scales_b1hl is None else scales_b1hl[:, 0]
+        o_bhp = recurrent_step_in_place(state.memory, q_bgn, k_bgn, weighted_bhp, g_bh, scales_bhl)
+        gate = (self.D, self.norm.weight, self.norm.eps)
+        return skip_gate_norm_onto(x_bd, o_bhp, v_bhp, z_bhp, *gate, self.out_proj.weight)
+
+    def _token_weights(self) -> tuple[torch.Tensor, ...]:
+        """[E, D] of all linear layers that read the input: q, k, v, z, dt, and those of the lambda map."""
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
+        return (*(layer.weight for layer in layers), *self.lambda_map.token_weights())
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""

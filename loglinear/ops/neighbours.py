@@ -53,15 +53,6 @@ def causal_conv_silu(
     return F.silu(y_btc)
 
 
-def conv_silu_step(
-    x_bc: torch.Tensor, weight_wc: torch.Tensor, bias_c: torch.Tensor, past_bwc: torch.Tensor
-) -> torch.Tensor:
-    """`causal_conv_silu` of one token [B, C] on a GPU; `past_bwc` [B, W - 1, C] is overwritten with what follows it."""
-    from loglinear.ops.triton.convolution import conv_silu_step as kernel
-
-    return kernel(x_bc.contiguous(), weight_wc, bias_c, past_bwc)
-
-
 def discretise(
     raw_bth: torch.Tensor, bias_h: torch.Tensor, a_log_h: torch.Tensor, v_bthp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,24 +149,87 @@ def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def linears(x_b1d: torch.Tensor, weights_ed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """x times the transpose of every weight [E, D]: [B, 1, E] each; for few tokens one launch, without gradients."""
-    if _has_kernels(x_b1d):
+def norm_linears(
+    x_id: torch.Tensor, norm_d: torch.Tensor, eps: float, weights_ed: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """`rms_norm` of x [I, D] times the transpose of every weight [E, D]: [I, E] each.
+
+    Like the next three it is one launch for few tokens on a GPU, and without gradients there.
+    """
+    if _has_kernels(x_id):
         from loglinear.ops.triton import few_rows as kernels
 
-        if len(x_b1d) <= kernels.MOST_ROWS:
-            return tuple(y_be[:, None] for y_be in kernels.linears(x_b1d[:, 0].contiguous(), weights_ed))
-    return tuple(F.linear(x_b1d, weight_ed) for weight_ed in weights_ed)
+        if len(x_id) <= kernels.MOST_ROWS:
+            return kernels.norm_linears(x_id, norm_d, eps, weights_ed)
+    normed_id = rms_norm(x_id, norm_d, eps)
+    return tuple(F.linear(normed_id, weight_ed) for weight_ed in weights_ed)
 
 
-def gated_linear(x_b1d: torch.Tensor, gate_ed: torch.Tensor, up_ed: torch.Tensor) -> torch.Tensor:
-    """silu(x gate^T) * (x up^T): [B, 1, E]; as `linears`."""
-    if _has_kernels(x_b1d):
+def norm_gated_linear(
+    x_id: torch.Tensor, norm_d: torch.Tensor, eps: float, gate_ed: torch.Tensor, up_ed: torch.Tensor
+) -> torch.Tensor:
+    """silu(n gate^T) * (n up^T), n the `rms_norm` of x [I, D]: [I, E]."""
+    if _has_kernels(x_id):
         from loglinear.ops.triton import few_rows as kernels
 
-        if len(x_b1d) <= kernels.MOST_ROWS:
-            return kernels.silu_product(x_b1d[:, 0].contiguous(), gate_ed, up_ed)[:, None]
-    return silu_product(F.linear(x_b1d, gate_ed), F.linear(x_b1d, up_ed))
+        if len(x_id) <= kernels.MOST_ROWS:
+            return kernels.norm_silu_product(x_id, norm_d, eps, gate_ed, up_ed)
+    normed_id = rms_norm(x_id, norm_d, eps)
+    return silu_product(F.linear(normed_id, gate_ed), F.linear(normed_id, up_ed))
+
+
+def step_inputs(
+    inputs_ic: tuple[torch.Tensor, ...],
+    weights_wc: tuple[torch.Tensor, ...],
+    biases_c: tuple[torch.Tensor, ...],
+    pasts_iwc: tuple[torch.Tensor, ...],
+    raw_ih: torch.Tensor,
+    bias_h: torch.Tensor,
+    a_log_h: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """`causal_conv_silu` of one token of q, k and v, then `discretise`, on a GPU.
+
+    Args:
+        inputs_ic, weights_wc, biases_c: of the three convolutions, [I, C], [W, C] and [C] each.
+        pasts_iwc: [I, W - 1, C] each, overwritten with what follows them.
+        raw_ih, bias_h, a_log_h: as `discretise` takes them, [I, H] and [H].
+
+    Returns:
+        q, k and v [I, C], then g [I, H], fp32, and v * step [I, C].
+    """
+    from loglinear.ops.triton.step_inputs import step_inputs as kernel
+
+    return kernel(inputs_ic, weights_wc, biases_c, pasts_iwc, raw_ih, bias_h, a_log_h)
+
+
+def linear_onto(onto_ie: torch.Tensor, x_id: torch.Tensor, weight_ed: torch.Tensor) -> torch.Tensor:
+    """onto + x weight^T: [I, E], from [I, E], [I, D] and [E, D]."""
+    if _has_kernels(x_id):
+        from loglinear.ops.triton import few_rows as kernels
+
+        if len(x_id) <= kernels.MOST_ROWS:
+            return kernels.linear_onto(onto_ie, x_id, weight_ed)
+    return onto_ie + F.linear(x_id, weight_ed)
+
+
+def skip_gate_norm_onto(
+    onto_ie: torch.Tensor,
+    o_ihp: torch.Tensor,
+    v_ihp: torch.Tensor,
+    z_ihp: torch.Tensor,
+    skip_h: torch.Tensor,
+    norm_p: torch.Tensor,
+    eps: float,
+    weight_ed: torch.Tensor,
+) -> torch.Tensor:
+    """onto + y weight^T: [I, E], y [I, H, P] what `skip_gate_norm` makes of the others, weight [E, H * P]."""
+    if _has_kernels(o_ihp):
+        from loglinear.ops.triton import few_rows as kernels
+
+        if len(o_ihp) <= kernels.MOST_ROWS:
+            return kernels.skip_gate_norm_onto(onto_ie, o_ihp, v_ihp, z_ihp, skip_h, norm_p, eps, weight_ed)
+    y_1ihp = skip_gate_norm(o_ihp[None], v_ihp[None], z_ihp[None], skip_h, norm_p, eps)
+    return onto_ie + F.linear(y_1ihp[0].flatten(1), weight_ed)
 
 
 def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> torch.Tensor:

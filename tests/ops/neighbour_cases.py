@@ -106,33 +106,68 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def token_by_token(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Relative error of the convolution of one token after the other, for 1, 2 and 4 taps."""
-    found = {}
+    """Relative errors of what the op reads of one token after the other, for 1, 2 and 4 taps."""
+    found, channels, heads = {}, (130, 20, 150), 6
     for taps in (1, 2, 4):
-        given = [x.to(dtype) for x in (normal(3, 6, 150), normal(taps, 150), normal(150))]
-        x_btc, weight, bias = (x.double() for x in given)
-        wanted = neighbours.causal_conv_silu(x_btc, weight, bias, torch.arange(6).expand(3, 6), packed=False)
-        x_btc, weight, bias = (x.to(device) for x in given)
-        past = x_btc.new_zeros(3, taps - 1, 150)
-        steps = [neighbours.conv_silu_step(x_bc, weight, bias, past) for x_bc in x_btc.unbind(1)]
-        found[str(taps)] = relative_error(torch.stack(steps, 1).cpu(), wanted)
+        shapes = [*((3, 6, c) for c in channels), *((taps, c) for c in channels), *((c,) for c in channels)]
+        given = [
+            x.to(dtype) for x in (*(normal(*s) for s in shapes), 3 * normal(3, 6, heads), normal(heads), normal(heads))
+        ]
+        wanted = _inputs_at_once([x.double() for x in given])
+        x, weights, biases, (raw, *rates) = (tuple(x.to(device) for x in given[n : n + 3]) for n in (0, 3, 6, 9))
+        pasts = tuple(each.new_zeros(3, taps - 1, each.shape[2]) for each in x)
+        steps = []
+        for t in range(6):
+            now = tuple(each[:, t].contiguous() for each in x)
+            steps.append(neighbours.step_inputs(now, weights, biases, pasts, raw[:, t].contiguous(), *rates))
+        actual = [torch.stack(each, 1).cpu() for each in zip(*steps, strict=True)]
+        found |= {f"{taps} {n}": relative_error(y, z) for n, (y, z) in enumerate(zip(actual, wanted, strict=True))}
     return found
 
 
+def _inputs_at_once(given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same of all tokens of each row, in PyTorch."""
+    rows = torch.arange(6).expand(3, 6)
+    triples = zip(given[:3], given[3:6], given[6:9], strict=True)
+    q, k, v = (neighbours.causal_conv_silu(*triple, rows, packed=False) for triple in triples)
+    raw, *rates = given[9:]
+    g, weighted = neighbours.discretise(raw, *rates, v.unflatten(2, (raw.shape[2], -1)))
+    return [q, k, v, g, weighted.flatten(2)]
+
+
 def few_rows(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Relative error of several products in one launch, and of a gated one, for widths within and beyond a block."""
+    """Relative error of the products of few tokens with what stands around them, within and beyond a block."""
     found = {}
-    for width in (70, 1500):
-        given = [x.to(dtype) for x in (normal(3, 1, width), *(normal(size, width) for size in (5, 8, 1, 33, 33)))]
-        x, *weights = (x.double() for x in given)
-        wanted = [x @ weight.T for weight in weights]
-        wanted.append(torch.nn.functional.silu(wanted[3]) * wanted[4])
-        x, *weights = (x.to(device) for x in given)
-        actual = [*neighbours.linears(x, tuple(weights)), neighbours.gated_linear(x, *weights[3:])]
+    for width, heads, size in ((70, 5, 14), (1500, 25, 60)):
+        given = [x.to(dtype) for x in (normal(3, width), normal(width), *(normal(e, width) for e in (5, 8, 1, 33, 33)))]
+        around = [normal(3, 9), *(normal(3, heads, size) for _ in range(3)), normal(heads), normal(size)]
+        given += [x.to(dtype) for x in (*around, normal(9, width))]
+        wanted = _few_rows_defined(*(x.double() for x in given))
+        actual = _few_rows_in_one_launch_each(*(x.to(device) for x in given))
         found |= {
             f"{width} {n}": relative_error(y.cpu(), z) for n, (y, z) in enumerate(zip(actual, wanted, strict=True))
         }
     return found
+
+
+def _few_rows_defined(x, norm, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    *weights, onto, o, v, z, skip, head_norm, narrow = tensors
+    silu = torch.nn.functional.silu
+    normed = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm
+    products = [normed @ weight.T for weight in weights]
+    y = (o + skip[:, None] * v) * silu(z)
+    y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * head_norm
+    return [*products, silu(products[3]) * products[4], onto + x @ narrow.T, onto + y.flatten(1) @ narrow.T]
+
+
+def _few_rows_in_one_launch_each(x, norm, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    *weights, onto, o, v, z, skip, head_norm, narrow = tensors
+    return [
+        *neighbours.norm_linears(x, norm, EPS, tuple(weights)),
+        neighbours.norm_gated_linear(x, norm, EPS, *weights[3:]),
+        neighbours.linear_onto(onto, x, narrow),
+        neighbours.skip_gate_norm_onto(onto, o, v, z, skip, head_norm, EPS, narrow),
+    ]
 
 
 def _outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -163,7 +198,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     check_operators()
     measured = {name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}
-    measured["convolution, token by token"] = token_by_token(torch.float32, "cpu")
+    measured["inputs, token by token"] = token_by_token(torch.float32, "cpu")
     with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):
         measured["products of few tokens"] = few_rows(torch.float32, "cpu")
     print(json.dumps(measured))

@@ -183,6 +183,6 @@ def test_decoding_steps(levels: int | None) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 def test_the_operations_around_the_op(dtype: torch.dtype, bound: float) -> None:
     measured = {name: neighbour_cases.errors(case, dtype, "cuda") for name, case in neighbour_cases.cases(on_gpu=True)}
-    measured["convolution, token by token"] = neighbour_cases.token_by_token(dtype, "cuda")
+    measured["inputs, token by token"] = neighbour_cases.token_by_token(dtype, "cuda")
     measured["products of few tokens"] = neighbour_cases.few_rows(dtype, "cuda")
     assert {name: errors for name, errors in measured.items() if not max(errors.values()) < bound} == {}

@@ -16,7 +16,6 @@ from loglinear.ops.triton.operator import operator
 from loglinear.ops.triton.partial_sums import steps_of_a_program
 
 BLOCK_I, BLOCK_C = 16, 64
-STEP_C = 128  # channels of a program that decodes
 MOST_PROGRAMS = 256  # for each block of channels
 
 
@@ -44,18 +43,6 @@ def causal_conv_silu(
 @causal_conv_silu.register_fake
 def _(x_btc, weight_wc, bias_c, positions_bt):
     return torch.empty_like(x_btc)
-
-
-def conv_silu_step(
-    x_bc: torch.Tensor, weight_wc: torch.Tensor, bias_c: torch.Tensor, past_bwc: torch.Tensor
-) -> torch.Tensor:
-    """The same for one token [B, C] behind the last W - 1, `past_bwc` [B, W - 1, C], which then end with that token."""
-    y_bc = torch.empty_like(x_bc)
-    batch, channels = x_bc.shape
-    _step[(batch, triton.cdiv(channels, STEP_C))](
-        x_bc, weight_wc, bias_c, past_bwc, y_bc, channels, W=len(weight_wc), BLOCK_C=STEP_C, num_warps=4
-    )
-    return y_bc
 
 
 @operator("loglinear::causal_conv_silu_backward")
@@ -97,25 +84,6 @@ def _autograd(ctx, dy_btc):
 
 
 causal_conv_silu.register_autograd(_autograd, setup_context=_setup_context)
-
-
-@triton.jit
-def _step(x_ptr, weight_ptr, bias_ptr, past_ptr, y_ptr, channels, W: tl.constexpr, BLOCK_C: tl.constexpr):
-    row, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists_c = c < channels
-    own_c = tl.load(x_ptr + row * channels + c, mask=exists_c, other=0.0)
-    sum_c = tl.load(bias_ptr + c, mask=exists_c, other=0.0).to(tl.float32)
-    sum_c += tl.load(weight_ptr + c, mask=exists_c, other=0.0).to(tl.float32) * own_c.to(tl.float32)
-    past_ptr += row * (W - 1) * channels
-    for place in range(W - 1):  # the oldest first, so that each moves to where the one before it was
-        before_c = tl.load(past_ptr + place * channels + c, mask=exists_c, other=0.0)
-        tap_c = tl.load(weight_ptr + (W - 1 - place) * channels + c, mask=exists_c, other=0.0).to(tl.float32)
-        sum_c += tap_c * before_c.to(tl.float32)
-        if place > 0:
-            tl.store(past_ptr + (place - 1) * channels + c, before_c, mask=exists_c)
-    if W > 1:
-        tl.store(past_ptr + (W - 2) * channels + c, own_c, mask=exists_c)
-    tl.store(y_ptr + row * channels + c, (sum_c * tl.sigmoid(sum_c)).to(y_ptr.dtype.element_ty), mask=exists_c)
 
 
 @triton.jit

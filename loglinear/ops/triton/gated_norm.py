@@ -93,7 +93,9 @@ skip_gate_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @triton.jit
-def _gated(o_ptr, v_ptr, z_ptr, at, mask, skip):
+def gated(
+    o_ptr: tl.tensor, v_ptr: tl.tensor, z_ptr: tl.tensor, at: tl.tensor, mask: tl.tensor, skip: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The sum with the skip, v, z and sigmoid(z), fp32."""
     v_ip = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
     sum_ip = tl.load(o_ptr + at, mask=mask, other=0.0).to(tl.float32) + skip * v_ip
@@ -110,7 +112,7 @@ def _forward(
     i, p = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_P)
     at = (i.to(tl.int64)[:, None] * H + head) * P + p[None, :]
     mask = (i < tokens)[:, None] & (p < P)[None, :]
-    sum_ip, _, z_ip, gate_ip = _gated(o_ptr, v_ptr, z_ptr, at, mask, tl.load(skip_ptr + head).to(tl.float32))
+    sum_ip, _, z_ip, gate_ip = gated(o_ptr, v_ptr, z_ptr, at, mask, tl.load(skip_ptr + head).to(tl.float32))
     x_ip = sum_ip * z_ip * gate_ip
     x_ip *= tl.rsqrt(tl.sum(x_ip * x_ip, 1) / P + eps)[:, None]
     weight_p = tl.load(weight_ptr + p, mask=p < P, other=0.0).to(tl.float32)
@@ -132,7 +134,7 @@ def _backward(
         i = (tl.program_id(0) * steps + step) * BLOCK_I + tl.arange(0, BLOCK_I)
         at = (i.to(tl.int64)[:, None] * H + head) * P + p[None, :]
         mask = (i < tokens)[:, None] & (p < P)[None, :]
-        sum_ip, v_ip, z_ip, gate_ip = _gated(o_ptr, v_ptr, z_ptr, at, mask, skip)
+        sum_ip, v_ip, z_ip, gate_ip = gated(o_ptr, v_ptr, z_ptr, at, mask, skip)
         x_ip = sum_ip * z_ip * gate_ip
         factor_i = tl.rsqrt(tl.sum(x_ip * x_ip, 1) / P + eps)
         dy_ip = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
