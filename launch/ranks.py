@@ -75,7 +75,7 @@ class SlurmRanks:
     def run(self, attempt: int) -> Result:
         """Start the ranks with srun, and wait until all have ended."""
         # This process runs on the first node, where rank 0 will: a port that is free here is free there.
-        meeting = {"MASTER_ADDR": slurm.node_address(self.nodes[0]), "MASTER_PORT": str(free_port())}
+        meeting = _meeting(slurm.node_address(self.nodes[0]))
         # A place that the submitting shell had would be that of every rank.
         environment = {name: value for name, value in os.environ.items() if name not in PLACE}
         command = srun_command(self._cluster, self._job, attempt)
@@ -102,8 +102,8 @@ class LocalRanks:
 
     def run(self, attempt: int) -> Result:
         """Start the ranks, and wait until all have ended; if one fails, the others are ended."""
-        port = str(free_port())
-        self._processes = [self._start(attempt, rank, port) for rank in range(self._cluster.ranks)]
+        meeting = _meeting("127.0.0.1")
+        self._processes = [self._start(attempt, rank, meeting) for rank in range(self._cluster.ranks)]
         while any(process.poll() is None for process in self._processes):
             if failed := list(self._failed()):
                 self._end()
@@ -117,9 +117,8 @@ class LocalRanks:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    def _start(self, attempt: int, rank: int, port: str) -> subprocess.Popen[bytes]:
+    def _start(self, attempt: int, rank: int, meeting: dict[str, str]) -> subprocess.Popen[bytes]:
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self._cluster.ranks)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with (self._job.logs(attempt) / f"rank-{rank}.log").open("wb") as log:
             return subprocess.Popen(
                 self._command,
@@ -208,6 +207,11 @@ def _local_result(failed: list[tuple[int, int]], nodes: tuple[str, ...]) -> Resu
 
 def _ending(code: int) -> str:
     return signal.strsignal(-code) or f"signal {-code}" if code < 0 else f"Exited with exit code {code}"
+
+
+def _meeting(address: str) -> dict[str, str]:
+    """What tells ranks where to meet: at rank 0, even if the submitting shell ran under torchrun, which has a store."""
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def free_port() -> int:

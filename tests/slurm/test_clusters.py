@@ -58,7 +58,7 @@ def test_ranks_that_neither_end_nor_save_by_themselves_are_ended_and_come_back(l
 
 
 SHELLS = {
-    "of a rank": {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+    "of a rank": {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
     "of a job with more GPUs": {"SLURM_JOB_ID": "1", "SLURM_GPUS": "9"},
 }
 
