@@ -147,6 +147,17 @@ def test_a_users_mistake_that_only_ranks_can_see_is_not_tried_again(prepared: Da
     assert f"{prepared.dir} was prepared with data.held_out = 0.2" in end.reason
 
 
+def test_lines_of_setup_run_before_the_ranks_which_do_not_start_if_one_fails(
+    prepared: DataConfig, tmp_path: Path
+) -> None:
+    setup = 'cluster.setup=["echo found nothing", "false"]'
+    said = loglinear("submit", write(tmp_path, prepared), "--cluster", "local", setup, code=2)
+    job = JobFolder(tmp_path / "run/job")
+    assert f"the run ended before it began: {job.local_log} says why" in said
+    assert job.local_log.read_text() == "found nothing\n"
+    assert job.attempts() == []
+
+
 def test_dry_run_shows_everything_and_writes_nothing(prepared: DataConfig, tmp_path: Path) -> None:
     config = write(tmp_path, prepared)
     before = sorted(tmp_path.rglob("*"))
