@@ -8,10 +8,12 @@ own first, i token of all rows, v vocabulary.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch.nn import functional as F
 
-from loglinear.ops.checks import at_least_fp32
+from loglinear.ops.checks import at_least_fp32, is_under_vmap
 
 
 def causal_conv_silu(
@@ -156,11 +158,8 @@ def norm_linears(
 
     Like the next three it is one launch for few tokens on a GPU, and without gradients there.
     """
-    if _has_kernels(x_id):
-        from loglinear.ops.triton import few_rows as kernels
-
-        if len(x_id) <= kernels.MOST_ROWS:
-            return kernels.norm_linears(x_id, norm_d, eps, weights_ed)
+    if kernels := _kernels_for_few_rows(x_id):
+        return kernels.norm_linears(x_id, norm_d, eps, weights_ed)
     normed_id = rms_norm(x_id, norm_d, eps)
     return tuple(F.linear(normed_id, weight_ed) for weight_ed in weights_ed)
 
@@ -169,11 +168,8 @@ def norm_gated_linear(
     x_id: torch.Tensor, norm_d: torch.Tensor, eps: float, gate_ed: torch.Tensor, up_ed: torch.Tensor
 ) -> torch.Tensor:
     """silu(n gate^T) * (n up^T), n the `rms_norm` of x [I, D]: [I, E]."""
-    if _has_kernels(x_id):
-        from loglinear.ops.triton import few_rows as kernels
-
-        if len(x_id) <= kernels.MOST_ROWS:
-            return kernels.norm_silu_product(x_id, norm_d, eps, gate_ed, up_ed)
+    if kernels := _kernels_for_few_rows(x_id):
+        return kernels.norm_silu_product(x_id, norm_d, eps, gate_ed, up_ed)
     normed_id = rms_norm(x_id, norm_d, eps)
     return silu_product(F.linear(normed_id, gate_ed), F.linear(normed_id, up_ed))
 
@@ -204,11 +200,8 @@ def step_inputs(
 
 def linear_onto(onto_ie: torch.Tensor, x_id: torch.Tensor, weight_ed: torch.Tensor) -> torch.Tensor:
     """onto + x weight^T: [I, E], from [I, E], [I, D] and [E, D]."""
-    if _has_kernels(x_id):
-        from loglinear.ops.triton import few_rows as kernels
-
-        if len(x_id) <= kernels.MOST_ROWS:
-            return kernels.linear_onto(onto_ie, x_id, weight_ed)
+    if kernels := _kernels_for_few_rows(x_id):
+        return kernels.linear_onto(onto_ie, x_id, weight_ed)
     return onto_ie + F.linear(x_id, weight_ed)
 
 
@@ -223,11 +216,8 @@ def skip_gate_norm_onto(
     weight_ed: torch.Tensor,
 ) -> torch.Tensor:
     """onto + y weight^T: [I, E], y [I, H, P] what `skip_gate_norm` makes of the others, weight [E, H * P]."""
-    if _has_kernels(o_ihp):
-        from loglinear.ops.triton import few_rows as kernels
-
-        if len(o_ihp) <= kernels.MOST_ROWS:
-            return kernels.skip_gate_norm_onto(onto_ie, o_ihp, v_ihp, z_ihp, skip_h, norm_p, eps, weight_ed)
+    if kernels := _kernels_for_few_rows(o_ihp):
+        return kernels.skip_gate_norm_onto(onto_ie, o_ihp, v_ihp, z_ihp, skip_h, norm_p, eps, weight_ed)
     y_1ihp = skip_gate_norm(o_ihp[None], v_ihp[None], z_ihp[None], skip_h, norm_p, eps)
     return onto_ie + F.linear(y_1ihp[0].flatten(1), weight_ed)
 
@@ -248,5 +238,14 @@ def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> torch.Tens
 
 def _has_kernels(x: torch.Tensor) -> bool:
     """Whether Triton runs there, in that dtype; inside `torch.vmap` x has no memory that a kernel could read."""
-    is_batched = torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
-    return x.is_cuda and not is_batched and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return x.is_cuda and not is_under_vmap(x) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _kernels_for_few_rows(x: torch.Tensor) -> ModuleType | None:
+    """The kernels that take weights with what stands around them, if they are for as many tokens as x [I, ...] has."""
+    if _has_kernels(x):
+        from loglinear.ops.triton import few_rows
+
+        if len(x) <= few_rows.MOST_ROWS:
+            return few_rows
+    return None
