@@ -91,18 +91,18 @@ def _in_place(state: DecodeState) -> DecodeState:
     """A copy that steps overwrite; its layers share their positions."""
     positions_b = state.positions.to(state.layers[0].memory.buckets.device)  # pyright: ignore[reportAttributeAccessIssue]
     layers = tuple(
-        MixerState(StateInPlace(layer.memory.buckets.clone(), positions_b), tuple(x.clone() for x in layer.recent))
+        MixerState(StateInPlace.copy_of(layer.memory, positions_b), tuple(x.clone() for x in layer.recent))
         for layer in state.layers
-        if isinstance(layer, MixerState)
+        if isinstance(layer, MixerState) and isinstance(layer.memory, LogLinearState)
     )
     return DecodeState(layers, state.positions)
 
 
 def _as_state(state: DecodeState, positions_b: torch.Tensor) -> DecodeState:
-    """What `decode` takes; it shares the memory of the state in place."""
+    """What `decode` takes."""
     layers = tuple(
-        replace(layer, memory=LogLinearState(layer.memory.buckets, positions_b))
+        replace(layer, memory=layer.memory.as_state(positions_b))
         for layer in state.layers
-        if isinstance(layer, MixerState)
+        if isinstance(layer, MixerState) and isinstance(layer.memory, StateInPlace)
     )
     return DecodeState(layers, positions_b)

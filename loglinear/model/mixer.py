@@ -166,14 +166,14 @@ class LogLinearMixer(nn.Module):
         q, k, v, z, raw_bh, *of_token = norm_linears(x_bd, norm.weight, norm.eps, self._token_weights())
         convs = (self.q_conv, self.k_conv, self.v_conv)
         taps, biases = tuple(conv.weight for conv in convs), tuple(conv.bias for conv in convs)
-        steps = (raw_bh, self.dt_bias, self.A_log)
-        q, k, v, g_bh, weighted = step_inputs((q, k, v), taps, biases, state.recent, *steps)
+        steps = (raw_bh, self.dt_bias, self.A_log, state.memory.sums_sh)
+        q, k, v, weighted = step_inputs((q, k, v), taps, biases, state.recent, *steps)
         q_bgn, k_bgn = (x.unflatten(1, (-1, self.state_dim)) for x in (q, k))
         v_bhp, z_bhp, weighted_bhp = (x.unflatten(1, (-1, self.head_dim)) for x in (v, z, weighted))
         of_token = [x_be[:, None] for x_be in of_token]
         scales_b1hl = self.lambda_map(of_token, documents.positions_bt, documents.length)
         scales_bhl = None if scales_b1hl is None else scales_b1hl[:, 0]
-        o_bhp = recurrent_step_in_place(state.memory, q_bgn, k_bgn, weighted_bhp, g_bh, scales_bhl)
+        o_bhp = recurrent_step_in_place(state.memory, q_bgn, k_bgn, weighted_bhp, scales_bhl)
         gate = (self.D, self.norm.weight, self.norm.eps)
         return skip_gate_norm_onto(x_bd, o_bhp, v_bhp, z_bhp, *gate, self.out_proj.weight)
 

@@ -182,6 +182,7 @@ def step_inputs(
     raw_ih: torch.Tensor,
     bias_h: torch.Tensor,
     a_log_h: torch.Tensor,
+    sums_ih: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """`causal_conv_silu` of one token of q, k and v, then `discretise`, on a GPU.
 
@@ -189,13 +190,14 @@ def step_inputs(
         inputs_ic, weights_wc, biases_c: of the three convolutions, [I, C], [W, C] and [C] each.
         pasts_iwc: [I, W - 1, C] each, overwritten with what follows them.
         raw_ih, bias_h, a_log_h: as `discretise` takes them, [I, H] and [H].
+        sums_ih: fp64 [I, H], to which g is added.
 
     Returns:
-        q, k and v [I, C], then g [I, H], fp32, and v * step [I, C].
+        q, k and v [I, C], then v * step [I, C].
     """
     from loglinear.ops.triton.step_inputs import step_inputs as kernel
 
-    return kernel(inputs_ic, weights_wc, biases_c, pasts_iwc, raw_ih, bias_h, a_log_h)
+    return kernel(inputs_ic, weights_wc, biases_c, pasts_iwc, raw_ih, bias_h, a_log_h, sums_ih)
 
 
 def linear_onto(onto_ie: torch.Tensor, x_id: torch.Tensor, weight_ed: torch.Tensor) -> torch.Tensor:

@@ -66,23 +66,23 @@ def recurrent_step_in_place(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    g: torch.Tensor,
     level_scales: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """`recurrent_step` by the kernel, for a CUDA graph: it overwrites the buckets and waits for nothing.
+    """`recurrent_step` by the kernel, for a CUDA graph: it overwrites a bucket and waits for nothing.
 
-    Arguments are those of `recurrent_step`; `level_scales` has a level more than the state has buckets, at least.
+    Arguments are those of `recurrent_step`, except that the token's log-decay is in `state.sums_sh` already;
+    `level_scales` has a level more than the state has buckets, at least.
 
     Returns:
         o [B, H, P] in v's dtype.
     """
-    from loglinear.ops.triton.step import step_into
+    from loglinear.ops.triton.step import step_in_place
 
-    q, k, v, g = (x.contiguous() for x in (q, k, v, g.float()))
+    q, k, v = (x.contiguous() for x in (q, k, v))
     level_scales = None if level_scales is None else level_scales.contiguous()
-    return step_into(state.buckets, state.buckets, state.positions, q, k, v, g, level_scales, scale)
+    return step_in_place(state, q, k, v, level_scales, scale)
 
 
 def _has_kernel(state: LogLinearState, *tensors: torch.Tensor | None) -> bool:

@@ -65,10 +65,31 @@ class LogLinearState:
 class StateInPlace:
     """What decoding steps overwrite instead of making anew, so that a CUDA graph can hold one.
 
+    A bucket is written when it is filled and then left alone: reading it decays it by what came since. So a step reads
+    every occupied bucket and writes one.
+
     Attributes:
-        buckets: as those of `LogLinearState`, with room for every token to come: nobody checks that.
+        buckets: fp32 [S, H, K, N, P], decayed to when each was filled, with room for every token to come: nobody checks
+            that. Those that are not occupied hold anything.
+        sums_shk: fp64 [S, H, K], the sum of log-decays when each was filled.
+        sums_sh: fp64 [S, H], that sum now; whoever calls adds to it.
         positions: int64 [S] on the same device; whoever calls counts on.
     """
 
     buckets: torch.Tensor
+    sums_shk: torch.Tensor
+    sums_sh: torch.Tensor
     positions: torch.Tensor
+
+    @staticmethod
+    def copy_of(state: LogLinearState, positions: torch.Tensor) -> StateInPlace:
+        """What `state` holds, in memory of its own; `positions` [S] are its own, where the buckets are."""
+        sums_shk = state.buckets.new_zeros(state.buckets.shape[:3], dtype=torch.float64)
+        return StateInPlace(state.buckets.clone(), sums_shk, sums_shk.new_zeros(sums_shk.shape[:2]), positions)
+
+    def as_state(self, positions: torch.Tensor) -> LogLinearState:
+        """The same as a state of its own; `positions` [S] are these on the host."""
+        decay_shk = (self.sums_sh[..., None] - self.sums_shk).exp()
+        occupied_sk = (self.positions[:, None] >> torch.arange(decay_shk.shape[2], device=decay_shk.device)) & 1 == 1
+        decayed_shknp = self.buckets * decay_shk.to(self.buckets.dtype)[..., None, None]
+        return LogLinearState(decayed_shknp.where(occupied_sk[:, None, :, None, None], 0.0), positions)

@@ -95,7 +95,8 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Relative error of outputs and gradients for inputs and random output gradients that `dtype` can hold."""
     given = [x.to(dtype).to(device).requires_grad_() for x in case.tensors]
     exact = [x.detach().double().cpu().requires_grad_() for x in given]
-    with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):
+    several_steps = patch.object(lambda_mlp, "MOST_PROGRAMS", 8)
+    with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64), several_steps:
         actual, wanted = (_outputs(case.form(*tensors)) for tensors in (given, exact))
     weights = [torch.randn_like(x) for x in actual]
     exact_weights = [weight.double().cpu() for weight in weights]
@@ -116,10 +117,11 @@ def token_by_token(dtype: torch.dtype, device: str) -> dict[str, float]:
         wanted = _inputs_at_once([x.double() for x in given])
         x, weights, biases, (raw, *rates) = (tuple(x.to(device) for x in given[n : n + 3]) for n in (0, 3, 6, 9))
         pasts = tuple(each.new_zeros(3, taps - 1, each.shape[2]) for each in x)
-        steps = []
+        steps, sums = [], torch.zeros(3, heads, dtype=torch.float64, device=device)
         for t in range(6):
             now = tuple(each[:, t].contiguous() for each in x)
-            steps.append(neighbours.step_inputs(now, weights, biases, pasts, raw[:, t].contiguous(), *rates))
+            made = neighbours.step_inputs(now, weights, biases, pasts, raw[:, t].contiguous(), *rates, sums)
+            steps.append((*made, sums.clone()))
         actual = [torch.stack(each, 1).cpu() for each in zip(*steps, strict=True)]
         found |= {f"{taps} {n}": relative_error(y, z) for n, (y, z) in enumerate(zip(actual, wanted, strict=True))}
     return found
@@ -132,7 +134,7 @@ def _inputs_at_once(given: list[torch.Tensor]) -> list[torch.Tensor]:
     q, k, v = (neighbours.causal_conv_silu(*triple, rows, packed=False) for triple in triples)
     raw, *rates = given[9:]
     g, weighted = neighbours.discretise(raw, *rates, v.unflatten(2, (raw.shape[2], -1)))
-    return [q, k, v, g, weighted.flatten(2)]
+    return [q, k, v, weighted.flatten(2), g.cumsum(1)]
 
 
 def few_rows(dtype: torch.dtype, device: str) -> dict[str, float]:

@@ -167,11 +167,12 @@ def test_memory_stays_a_small_multiple_of_the_inputs() -> None:
         for name, shape in shapes.items()
     }
     inputs = Inputs(**tensors, g=(-torch.rand(2, 32768, 32, device="cuda")).requires_grad_())
-    do_bthp = torch.ones_like(inputs.v)
+    own = [*inputs.leaves().values(), do_bthp := torch.ones_like(inputs.v)]
+    others = torch.cuda.memory_allocated() - sum(x.nbytes for x in own)  # what tests before this one have kept
     torch.cuda.reset_peak_memory_stats()
     o, _ = log_linear_attention(**inputs.arguments())
     torch.autograd.grad(o, list(inputs.leaves().values()), do_bthp)
-    assert torch.cuda.max_memory_allocated() < 2.4e9
+    assert torch.cuda.max_memory_allocated() - others < 2.4e9
 
 
 @pytest.mark.parametrize("levels", [10, None])

@@ -46,8 +46,8 @@ def lambda_mlp(
     """
     scales_il = torch.empty_like(logits_il)
     rows = len(logits_il)
-    steps, programs = steps_of_a_program(rows, BLOCK_I, MOST_PROGRAMS)
-    _forward[(programs,)](
+    steps = triton.cdiv(rows, BLOCK_I * MOST_PROGRAMS)
+    _forward[(triton.cdiv(rows, BLOCK_I * steps),)](
         logits_il, weight1_ml, bias1_m, weight2_lm, bias2_l, scales_il, rows, steps, **_constants(logits_il, bias1_m)
     )
     return scales_il

@@ -1,4 +1,4 @@
-"""One decoding step of a batch of sequences in one launch: read all buckets, decay them, carry.
+"""One decoding step of a batch of sequences in one launch: read all buckets, decayed, and carry.
 
 Shapes: s sequence, h value head, g query/key group, k bucket, n state (key) size, p value head size, l level.
 """
@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from loglinear.ops.state import StateInPlace
 from loglinear.ops.triton.operator import operator
 
 MOST_VALUES = 8  # of a head in a program: more programs than heads, since a batch may be one sequence
-BLOCK_K = 4  # buckets that are read at once
+BLOCK_K, WARPS = 4, 4  # buckets that are read at once
 
 
 @operator("loglinear::step")
@@ -46,7 +47,8 @@ def step(
     """
     sequences, heads, _, size, values = buckets_shknp.shape
     out_shknp = buckets_shknp.new_empty(sequences, heads, count, size, values)
-    return step_into(out_shknp, buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale), out_shknp
+    inputs = (q_sgn, k_sgn, v_shp, scales_shl, scale)
+    return _launch(buckets_shknp, out_shknp, g_sh, None, positions_s, *inputs), out_shknp
 
 
 @step.register_fake
@@ -55,44 +57,62 @@ def _(buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale, 
     return torch.empty_like(v_shp), buckets_shknp.new_empty(sequences, heads, count, size, values)
 
 
-def step_into(
-    out_shknp: torch.Tensor,
+def step_in_place(
+    state: StateInPlace,
+    q_sgn: torch.Tensor,
+    k_sgn: torch.Tensor,
+    v_shp: torch.Tensor,
+    scales_shl: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Outputs as `step`'s, and other arguments; the sums of `state` count the token's log-decay already."""
+    inputs = (q_sgn, k_sgn, v_shp, scales_shl, scale)
+    return _launch(state.buckets, state.buckets, state.sums_sh, state.sums_shk, state.positions, *inputs)
+
+
+def _launch(
     buckets_shknp: torch.Tensor,
+    out_shknp: torch.Tensor,
+    decay_sh: torch.Tensor,
+    sums_shk: torch.Tensor | None,
     positions_s: torch.Tensor,
     q_sgn: torch.Tensor,
     k_sgn: torch.Tensor,
     v_shp: torch.Tensor,
-    g_sh: torch.Tensor,
     scales_shl: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """Outputs as `step`'s, arguments too; the buckets go to `out_shknp`, which may be `buckets_shknp` itself."""
     sequences, heads, buckets, size, values = buckets_shknp.shape
     o_shp = torch.empty_like(v_shp)
     block_p = min(MOST_VALUES, triton.next_power_of_2(values))
-    _step[(sequences * heads, triton.cdiv(values, block_p))](
-        buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, o_shp, out_shknp, scale, buckets,
-        out_shknp.shape[2], 0 if scales_shl is None else scales_shl.shape[2],
-        H=heads, R=heads // q_sgn.shape[1], N=size, BLOCK_N=triton.next_power_of_2(size), P=values, BLOCK_P=block_p,
-        SCALED=scales_shl is not None, IN_PLACE=out_shknp is buckets_shknp, BLOCK_K=BLOCK_K, num_warps=4,
+    blocks = triton.cdiv(values, block_p)
+    _step[(sequences * heads * blocks,)](
+        buckets_shknp, positions_s, decay_sh, sums_shk, q_sgn, k_sgn, v_shp, scales_shl, o_shp, out_shknp, scale,
+        buckets, out_shknp.shape[2], 0 if scales_shl is None else scales_shl.shape[2],
+        H=heads, R=heads // q_sgn.shape[1], N=size, BLOCK_N=triton.next_power_of_2(size),
+        P=values, BLOCK_P=block_p, BLOCKS=blocks,
+        SCALED=scales_shl is not None, IN_PLACE=sums_shk is not None, BLOCK_K=BLOCK_K, num_warps=WARPS,
     )  # fmt: skip
     return o_shp
 
 
 @triton.jit(do_not_specialize=["buckets", "count", "L"])
 def _step(
-    buckets_ptr, positions_ptr, q_ptr, k_ptr, v_ptr, g_ptr, scales_ptr, o_ptr, out_ptr, scale, buckets, count, L,
-    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    buckets_ptr, positions_ptr, decay_ptr, sums_ptr, q_ptr, k_ptr, v_ptr, scales_ptr, o_ptr, out_ptr, scale,
+    buckets, count, L,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
     SCALED: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The token's own matrix and the full buckets below the first empty one go there, as a counter carries.
 
-    Several buckets at a time, because one load after the other would wait for memory most of the time. In place,
-    buckets that are empty before and after are left alone.
+    Several buckets at a time, because one load after the other would wait for memory most of the time. Programs that
+    share a head's rows of memory are neighbours. In place, `decay_ptr` and `sums_ptr` are the sums of `StateInPlace`,
+    and nothing but the bucket that fills is written; else `decay_ptr` is the token's log-decay.
     """
-    of_head = tl.program_id(0).to(tl.int64)
+    of_head = (tl.program_id(0) // BLOCKS).to(tl.int64)
     sequence, head = of_head // H, of_head % H
-    n, p = tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, p = tl.arange(0, BLOCK_N), tl.program_id(0) % BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
     of_group = (sequence * (H // R) + head // R) * N
     q_n = scale * tl.load(q_ptr + of_group + n, mask=n < N, other=0.0).to(tl.float32)
     k_n = tl.load(k_ptr + of_group + n, mask=n < N, other=0.0).to(tl.float32)
@@ -100,7 +120,7 @@ def _step(
     position = tl.load(positions_ptr + sequence)
     carries = position ^ (position + 1)  # bits up to the first empty bucket, the target
     target = tl.sum((carries >> tl.arange(0, 64)) & 1, 0) - 1
-    decay = tl.exp(tl.load(g_ptr + of_head))
+    decay = tl.load(decay_ptr + of_head)
     level_scale = 1.0
     if SCALED:
         level_scale = tl.load(scales_ptr + of_head * L).to(tl.float32)
@@ -114,18 +134,23 @@ def _step(
         at_knp = bucket_k[:, None, None] * (N * P) + at_np[None]
         exists_knp = (bucket_k < count)[:, None, None] & exists_np[None]
         before_ptr = buckets_ptr + of_head * buckets * N * P + at_knp
-        state_knp = decay * tl.load(before_ptr, mask=exists_knp & full_k[:, None, None], other=0.0)
+        state_knp = tl.load(before_ptr, mask=exists_knp & full_k[:, None, None], other=0.0)
+        since_k = decay + tl.zeros([BLOCK_K], decay.dtype)
+        if IN_PLACE:  # fp64, as wherever decays are summed over many tokens
+            since_k -= tl.load(sums_ptr + of_head * count + bucket_k, mask=full_k, other=0.0)
+        decay_k = tl.where(full_k, tl.exp(since_k.to(tl.float32)), 0.0)
+        state_knp *= decay_k[:, None, None]
         read_kp = tl.sum(q_n[None, :, None] * state_knp, 1)
         if SCALED:
             scale_k = tl.load(scales_ptr + of_head * L + bucket_k + 1, mask=full_k, other=0.0).to(tl.float32)
             read_kp *= scale_k[:, None]
         o_p += tl.sum(read_kp, 0)
         carried_np += tl.sum(tl.where(carries_k[:, None, None], state_knp, 0.0), 0)
-        changes_k = full_k if IN_PLACE else bucket_k != target
-        tl.store(
-            out_ptr + of_head * count * N * P + at_knp,
-            tl.where(carries_k[:, None, None], 0.0, state_knp),
-            mask=exists_knp & changes_k[:, None, None],
-        )
+        if not IN_PLACE:
+            after_knp = tl.where(carries_k[:, None, None], 0.0, state_knp)
+            stays_knp = exists_knp & (bucket_k != target)[:, None, None]
+            tl.store(out_ptr + of_head * count * N * P + at_knp, after_knp, mask=stays_knp)
     tl.store(out_ptr + (of_head * count + target) * N * P + at_np, carried_np, mask=exists_np)
+    if IN_PLACE:  # nobody reads it now, because the bucket was empty
+        tl.store(sums_ptr + of_head * count + target, decay)
     tl.store(o_ptr + of_head * P + p, o_p.to(o_ptr.dtype.element_ty), mask=p < P)

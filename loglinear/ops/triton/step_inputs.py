@@ -1,4 +1,4 @@
-"""What a decoding step of the op reads, in one launch: three short convolutions, the log-decay, and weighed values.
+"""What a decoding step of the op reads, in one launch: three short convolutions, weighed values, and decays summed.
 
 Shapes: i token, c channel, w tap, h head, p head size.
 """
@@ -27,8 +27,9 @@ def step_inputs(
     raw_ih: torch.Tensor,
     bias_h: torch.Tensor,
     a_log_h: torch.Tensor,
+    sums_ih: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """q, k and v [I, C] behind their convolutions, g [I, H] in fp32, and v * step [I, C]; all between in fp32.
+    """q, k and v [I, C] behind their convolutions, and v * step [I, C]; all between in fp32.
 
     Args:
         inputs_ic: of q, k and v, [I, C] each, contiguous; so are the next three.
@@ -36,25 +37,26 @@ def step_inputs(
         biases_c: [C] each.
         pasts_iwc: [I, W - 1, C] each, the inputs before; they then end with these.
         raw_ih: [I, H], contiguous; step = softplus(raw + bias).
-        bias_h, a_log_h: [H]; g = -exp(A_log) * step.
+        bias_h, a_log_h: [H]; the log-decay is -exp(A_log) * step.
+        sums_ih: fp64 [I, H], contiguous, to which the log-decay is added.
     """
     outputs = tuple(map(torch.empty_like, inputs_ic))
     (rows, heads), counts = raw_ih.shape, tuple(x.shape[1] for x in inputs_ic)
-    g_ih, weighted_ic = raw_ih.new_empty(rows, heads, dtype=torch.float32), torch.empty_like(inputs_ic[2])
+    weighted_ic = torch.empty_like(inputs_ic[2])
     blocks = [triton.cdiv(count, BLOCK_C) for count in counts]
     firsts = tuple(accumulate(blocks[:-1], initial=0))
     _step_inputs[(sum(blocks), rows)](
         inputs_ic, weights_wc, biases_c, pasts_iwc, outputs, firsts, counts,
-        raw_ih, bias_h, a_log_h, g_ih, weighted_ic,
+        raw_ih, bias_h, a_log_h, sums_ih, weighted_ic,
         H=heads, P=counts[2] // heads, W=len(weights_wc[0]), BLOCK_C=BLOCK_C, num_warps=4,
     )  # fmt: skip
-    return *outputs, g_ih, weighted_ic
+    return *outputs, weighted_ic
 
 
 @triton.jit
 def _step_inputs(
     x_ptrs, weight_ptrs, bias_ptrs, past_ptrs, y_ptrs, firsts, counts,
-    raw_ptr, raw_bias_ptr, a_log_ptr, g_ptr, weighted_ptr,
+    raw_ptr, raw_bias_ptr, a_log_ptr, sums_ptr, weighted_ptr,
     H: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     block, row = tl.program_id(0), tl.program_id(1)
@@ -73,7 +75,9 @@ def _step_inputs(
                 weighted_c = (y_c.to(tl.float32) * step_c).to(weighted_ptr.dtype.element_ty)
                 tl.store(weighted_ptr + row * C + c, weighted_c, mask=c < C)
                 rate_c = tl.exp(tl.load(a_log_ptr + head_c, mask=c < C, other=0.0).to(tl.float32))
-                tl.store(g_ptr + row * H + head_c, -rate_c * step_c, mask=(c < C) & (c % P == 0))
+                begins_c = (c < C) & (c % P == 0)  # a head
+                sum_c = tl.load(sums_ptr + row * H + head_c, mask=begins_c, other=0.0)
+                tl.store(sums_ptr + row * H + head_c, sum_c - (rate_c * step_c).to(tl.float64), mask=begins_c)
 
 
 @triton.jit
