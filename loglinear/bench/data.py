@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from data_pipeline.prepared import open_tokenizer
 from data_pipeline.rows import Rows
 from data_pipeline.shards import ShardReader
 from data_pipeline.sources import Document, iterate_documents
-from loglinear.bench.machine import machine
+from loglinear.bench.machine import keep, machine
 from loglinear.config import DataConfig, SourceConfig, TokenizerConfig
 
 COMMAND = "loglinear bench data"
@@ -74,9 +73,7 @@ def bench_data(out: Path | None = None) -> list[Speed]:
         table.add_row(speed.what, f"{speed.amount / 1e6:,.2f} million {speed.unit}")
     console.print(table)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(COMMAND), "speeds": [asdict(speed) for speed in speeds]}
-        (out / "data.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep(out / "data.json", machine(COMMAND), speeds)
         console.print(f"written: {out / 'data.json'}", highlight=False)
     return speeds
 

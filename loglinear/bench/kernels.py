@@ -5,7 +5,6 @@ Shapes: b batch, t time, h value head, g query/key group, n state (key) size, p 
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from rich.console import Console
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from loglinear.bench.machine import keep
 from loglinear.errors import UserError
 from loglinear.ops import log_linear_attention, num_levels
 from loglinear.ops.flops import attention_flops
@@ -76,6 +76,8 @@ def bench_kernels(out: Path | None = None, lengths: tuple[int, ...] = LENGTHS + 
     timings = []
     for timing in _timings(lengths):
         timings.append(timing)
+        if out is not None:
+            keep(out / "kernels.json", _machine(), timings, ceilings=asdict(ceilings))
         console.print(
             f"{timing.op:26} T {timing.length:8,}  {timing.forward_ms:8.2f} / {timing.training_ms:8.2f} ms  "
             f"{timing.peak_gb:6.2f} GB",
@@ -84,9 +86,6 @@ def bench_kernels(out: Path | None = None, lengths: tuple[int, ...] = LENGTHS + 
     text = _markdown(timings, ceilings)
     console.print(text, highlight=False)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        record = {"machine": _machine(), "ceilings": asdict(ceilings), "timings": [asdict(x) for x in timings]}
-        (out / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
         (out / "kernels.md").write_text(text)
         _plot(out / "kernels.png", timings)
         console.print(f"written: {out / 'kernels.json'}, kernels.md and kernels.png", highlight=False)
@@ -220,7 +219,7 @@ def _growth(timings: list[Timing]) -> str:
     return f"Ours, forward + backward, grows as T^{slope:.3f} from {first.length:,} to {last.length:,} tokens.\n"
 
 
-def _machine() -> dict[str, str]:
+def _machine() -> dict[str, str | int]:
     return {
         "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),

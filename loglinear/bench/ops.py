@@ -5,12 +5,11 @@ Shapes: b batch, t time, h value head, g query/key group, n state (key) size, p 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch.nn import functional as F
 
-from loglinear.bench.machine import machine
+from loglinear.bench.machine import keep, machine
 from loglinear.ops import log_linear_attention, num_levels
 
 HEADS, GROUPS, STATE_DIM, HEAD_DIM = 4, 1, 32, 32
@@ -196,13 +195,7 @@ def _sizes() -> str:
 
 
 def _write(out: Path, timings: list[Timing]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "machine": machine(COMMAND),
-        "sizes": _sizes(),
-        "timings": [asdict(timing) for timing in timings],
-    }
-    (out / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(out / "ops.json", machine(COMMAND), timings, sizes=_sizes())
     (out / "ops.md").write_text(_markdown(timings))
     _plot(out / "ops.png", timings)
 

@@ -106,12 +106,15 @@ def _local_batch(config: Config) -> LocalBatch:
 def _traffic(
     config: Config, model: LanguageModel, batch: LocalBatch, micro_batches: int, replicas: int
 ) -> dict[str, int]:
-    """Counted in a forward and backward pass without data; what ZeRO sends by its paper, arXiv 1910.02054."""
+    """Counted in a forward and backward pass without data; what ZeRO sends by its paper, arXiv 1910.02054.
+
+    DeepSpeed sums gradients after every micro-batch in stages 2 and 3, and gathers weights twice for each in stage 3.
+    """
     tokens_bt, documents = batch
     with count_traffic() as traffic:
         model(tokens_bt, tokens_bt, documents).backward()
     weights = model.parameter_count() * DTYPES[config.train.precision].itemsize
-    passes = 3 if config.train.zero_stage == 3 else 2  # gradients once, and weights once or, in stage 3, twice
+    passes = {1: 2, 2: micro_batches + 1, 3: 3 * micro_batches}[config.train.zero_stage]
     sent = {axis: size * micro_batches for axis, size in sorted(traffic.items())}
     return sent | {"replicas": passes * weights * (replicas - 1) // replicas}
 

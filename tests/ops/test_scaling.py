@@ -48,7 +48,7 @@ def test_the_benchmark_writes_what_it_measured(tmp_path: Path, monkeypatch: pyte
     ]
     assert all(timing.forward_ms > 0 for timing in timings)
     record = json.loads((tmp_path / "bench" / "ops.json").read_text())
-    assert [entry["tokens"] for entry in record["timings"]] == [64, 128, 256] * 2
+    assert [entry["tokens"] for entry in record["points"]] == [64, 128, 256] * 2
     table = (tmp_path / "bench" / "ops.md").read_text()
     assert f"| 256 | {timings[2].forward_ms:,.1f} | {timings[2].training_ms:,.1f} |" in table
     assert (tmp_path / "bench" / "ops.png").read_bytes().startswith(b"\x89PNG")

@@ -186,9 +186,11 @@ def test_traffic_of_tensor_ranks_by_hand() -> None:
     assert plan.traffic["tensor"] > sums, "the loss and shared weights come on top"
 
 
-@pytest.mark.parametrize(("stage", "times"), [(1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("stage", "times"), [(1, 1 + 1), (2, 2 + 1), (3, 2 + 2 * 2)])
 def test_traffic_of_replicas_by_hand(stage: int, times: int) -> None:
+    """Gradients, after every micro-batch from stage 2 on, and weights: once, or twice a micro-batch in stage 3."""
     plan = make_plan(over(1, 1, stage), 2)
+    assert plan.micro_batches == 2
     assert plan.traffic == {"replicas": times * 4 * plan.parameters // 2}
 
 
