@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from loglinear.config import Config
+from loglinear.errors import UserError
 from loglinear.model import LanguageModel, build_model
 from loglinear.model.attention import SoftmaxMixer
 from loglinear.model.layers import ShortConv
@@ -28,6 +29,7 @@ from loglinear.parallel.shard import Placement, cut, placement_of, placements
 from loglinear.parallel.vocabulary import VocabParallelCrossEntropy, lookup
 
 TIME = 1  # dimension of [B, T, D]
+CONTEXT_CORES = {LogLinearMixer: ContextLogLinearCore, SoftmaxMixer: ContextSoftmaxCore}
 
 
 def parallel_model(mesh: Mesh, config: Config, *, fresh: bool) -> LanguageModel:
@@ -51,6 +53,9 @@ def parallelize(model: LanguageModel, mesh: Mesh, config: Config) -> LanguageMod
         model: whole, the same on every rank; may live on the meta device.
         mesh: the ranks.
         config: the run's; its sizes divide as its validation promises.
+
+    Raises:
+        UserError: a mixer has no form over the mesh's context ranks.
     """
     _cut_parameters(model, mesh.tensor, config)
     _connect(model, mesh, config)
@@ -211,12 +216,16 @@ def _choose_groups(model: LanguageModel, axis: Axis, groups: int) -> None:
             mixer.core = OwnGroups(mixer.core, axis.index * groups // axis.size)
 
 
-def _split_sequences(model: LanguageModel, axis: Axis) -> None:
-    for module in list(model.modules()):
+def _split_sequences(model: Any, axis: Axis) -> None:
+    for module in model.modules():
         if isinstance(module, ShortConv):
             module.register_forward_pre_hook(lambda conv, inputs: give_halo(conv, inputs, axis))
             module.register_forward_hook(join_rows)
-        elif isinstance(module, LogLinearMixer):
-            module.core = ContextLogLinearCore(module.core, axis)
-        elif isinstance(module, SoftmaxMixer):
-            module.core = ContextSoftmaxCore(module.core, axis)
+    for block in model.blocks:
+        mixer = block.mixer
+        if type(mixer) not in CONTEXT_CORES:
+            raise UserError(
+                f"{type(mixer).__name__} has no form for sequences cut among context ranks: set parallel.context=1, or"
+                " give it one in CONTEXT_CORES of loglinear/parallel/parallelize.py"
+            )
+        mixer.core = CONTEXT_CORES[type(mixer)](mixer.core, axis)

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from loglinear.errors import UserError
+from loglinear.model import build_model
+from loglinear.parallel import World
 from loglinear.parallel.context_softmax import Halves
+from loglinear.parallel.mesh import Axis, Mesh
+from loglinear.parallel.parallelize import parallelize
 from loglinear.scaling.parity import PATTERNS, Case
 from tests.parallel.parity import (
     BREAKS,
@@ -112,3 +119,13 @@ def test_softmax_attention_is_as_much_work_for_every_context_rank(ranks: int, le
     pairs = [sum(query + 1 for query in queries) for queries in computed]
     assert max(pairs) - min(pairs) <= (length % 2) * ranks * length
     assert max(pairs) < 1.1 * sum(pairs) / ranks
+
+
+def test_a_mixer_that_has_no_form_over_context_ranks_is_refused() -> None:
+    config = Case((1, 2, 1)).config()
+    model = build_model(config.model, seed=0)
+    model.blocks[0].mixer = nn.Identity()
+    sizes = {"data": 1, "context": 2, "tensor": 1, "replicas": 2}
+    mesh = Mesh(World(0, 2, torch.device("cpu")), **{name: Axis(name, size, 0, None) for name, size in sizes.items()})
+    with pytest.raises(UserError, match=r"Identity has no form .* context ranks: set parallel\.context=1"):
+        parallelize(model, mesh, config)
