@@ -172,6 +172,19 @@ def test_activation_checkpointing_keeps_fewer_tensors() -> None:
     assert counts[1] < 0.3 * counts[0]
 
 
+def test_a_compiled_model_is_the_plain_one() -> None:
+    """In float64, traced for autograd but without code generation, which would need a compiler."""
+    tokens_bt, losses, named = random_tokens(2, 80), [], []
+    for wrap in (lambda model: model, torch.compile(backend="aot_eager")):
+        model = awake(tiny()).double()
+        loss = wrap(model)(tokens_bt, tokens_bt)
+        loss.backward()
+        losses.append(loss.detach())
+        named.append(gradients(model))
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-12)
+    assert all(torch.allclose(named[1][name], gradient, rtol=1e-9, atol=1e-11) for name, gradient in named[0].items())
+
+
 def test_a_model_is_a_function_of_configuration_and_seed(pattern: Pattern) -> None:
     config = tiny(pattern)
     torch.manual_seed(5)
