@@ -134,8 +134,9 @@ class Trainer:
                 self._update_run(run, part)
             return
         here = torch.cuda.current_stream()
-        for run, stream in enumerate(self._streams):
+        for stream in self._streams:
             stream.wait_stream(here)
+        for run, stream in enumerate(self._streams):
             with torch.cuda.stream(stream):
                 self._update_run(run, part)
         for stream in self._streams:

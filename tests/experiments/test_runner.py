@@ -130,6 +130,20 @@ def test_a_stopped_experiment_goes_on_as_if_nothing_had_happened(
     assert list((tmp_path / "parts" / "state").iterdir()) == []
 
 
+def test_a_state_whose_weights_lie_otherwise_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an earlier version laid them out: its group is trained afresh, not from numbers in the wrong places."""
+    experiment = small_experiment("mqar", seeds=1)
+    assert run_experiment("mqar", experiment, settings(tmp_path / "whole", rate=1e-3))
+    with monkeypatch.context() as patch:
+        patch.setattr("loglinear.experiments.ensemble.ALIGNMENT", 1)
+        patch.setattr("loglinear.experiments.group.LOOK_EVERY", 1)
+        patch.setattr(Group, "_record", lambda group: signal.raise_signal(signal.SIGTERM))
+        assert not run_experiment("mqar", experiment, settings(tmp_path / "parts", rate=1e-3))
+    assert len(list((tmp_path / "parts" / "state").iterdir())) == 1
+    assert run_experiment("mqar", experiment, settings(tmp_path / "parts", rate=1e-3))
+    assert without_times(results(tmp_path / "parts", "mqar")) == without_times(results(tmp_path / "whole", "mqar"))
+
+
 def test_a_test_that_is_cut_short_is_made_up_for_without_training_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
