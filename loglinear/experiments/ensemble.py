@@ -24,7 +24,7 @@ from loglinear.model import LanguageModel, build_model
 from loglinear.ops.checks import at_least_fp32
 from loglinear.train.schedule import learning_rate
 
-ALIGNMENT = 64  # weights: every parameter begins at a multiple, as in memory of its own, and kernels read it as fast
+ALIGNMENT = 64  # weights: a parameter begins at a multiple, as in memory of its own, so kernels treat it the same
 
 
 @dataclass(frozen=True)
