@@ -1,11 +1,11 @@
-"""Many runs of one model at once: their weights side by side, one forward and backward pass for all.
+"""Many runs of one model at once: their weights side by side, and a step of every run in one CUDA graph.
 
-`torch.vmap` runs the model of `loglinear.model` over the runs' weights, so a run is what it would be alone, up to
-rounding. Attention takes the runs as further sequences of its batch. On a GPU the whole step is a CUDA graph,
-because such small models would otherwise wait for the launches of their kernels.
+Every run is a model of `loglinear.model` with weights, clipping and update of its own, so in a group it computes what
+it would compute alone. On a GPU a step of all runs is one CUDA graph with a branch for each: such small models would
+otherwise wait for the launches of their kernels, and the kernels of one run leave most of the GPU to the others.
 
-Shapes: r run, w weight (all parameters of a model one after the other), b batch, t time, n label, d model width,
-h head, g query/key group, p head size, l level.
+Shapes: r run, w weight (all parameters of a model one after the other), e example, b batch, t time, n label, v token
+of the vocabulary, d model width.
 """
 
 from __future__ import annotations
@@ -15,21 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 from loglinear.config import Config
 from loglinear.experiments.examples import Examples
 from loglinear.model import LanguageModel, build_model
-from loglinear.model.attention import SoftmaxCore, SoftmaxMixer, causal_attention
-from loglinear.model.layers import Documents
-from loglinear.model.mixer import LogLinearCore, LogLinearMixer
-from loglinear.ops import LogLinearState, log_linear_attention
 from loglinear.ops.checks import at_least_fp32
 from loglinear.train.schedule import learning_rate
 
-Attention = Callable[..., torch.Tensor]
+ALIGNMENT = 64  # weights: a parameter begins at a multiple, as in memory of its own, so kernels treat it the same
 
 
 @dataclass(frozen=True)
@@ -45,59 +40,40 @@ class Ensemble:
 
     Attributes:
         runs: in the order of dimension r.
-        weights_rw: fp32 master weights.
-        model: the model whose weights are taken from `weights_rw`; its own are those of the first run at the start.
+        models: of each run, whose parameters are views of one tensor: of `weights_rw`, or of its copy in bf16.
+        weights_rw: fp32 master weights, zero between parameters. Whoever changes them calls `refresh`.
     """
 
     def __init__(self, config: Config, runs: Sequence[Run], device: torch.device, dtype: torch.dtype) -> None:
         """Start every run from the weights that `build_model` gives for its seed; compute in `dtype`."""
-        models = [build_model(config.model, run.seed) for run in runs]
-        self.runs, self.dtype = tuple(runs), dtype
-        self.model = models[0].to(device)
-        named = list(self.model.named_parameters())
-        self.names = [name for name, _ in named]
-        self._shapes = [parameter.shape for _, parameter in named]
-        self._scored = ScoredModel(self.model)
-        flat = [torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models]
-        self.weights_rw = torch.stack([weights.to(device) for weights in flat])
-        for module in self.model.modules():
-            if isinstance(module, LogLinearMixer):
-                module.core = _LogLinearOfAllRuns()
-            elif isinstance(module, SoftmaxMixer):
-                module.core = _SoftmaxOfAllRuns()
+        self.runs = tuple(runs)
+        self.models = tuple(build_model(config.model, run.seed).to(device) for run in runs)
+        self._shapes = {name: parameter.shape for name, parameter in self.models[0].named_parameters()}
+        width = sum(map(_room, self._shapes.values()))
+        self.weights_rw = torch.zeros(len(runs), width, device=device)
+        self._computing_rw = self.weights_rw.to(dtype)  # the same memory if the dtype is the same
+        for run, model in enumerate(self.models):
+            masters, views = self.split(self.weights_rw[run]), self.split(self._computing_rw[run])
+            for parameter, (_, master), (_, view) in zip(model.parameters(), masters, views, strict=True):
+                master.copy_(parameter.data)
+                parameter.data = view
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Give the models the present weights, rounded to what they compute in; nothing to do in fp32."""
+        self._computing_rw.copy_(self.weights_rw)
 
     def split(self, weights_w: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters of a run by name, cut out of `weights_w`."""
-        sizes = [shape.numel() for shape in self._shapes]
-        for name, part, shape in zip(self.names, weights_w.split(sizes), self._shapes, strict=True):
-            yield name, part.view(shape)
+        """The parameters of a run by name, in the model's order: views of `weights_w`."""
+        rooms = [_room(shape) for shape in self._shapes.values()]
+        for (name, shape), part_w in zip(self._shapes.items(), weights_w.split(rooms), strict=True):
+            yield name, part_w[: shape.numel()].view(shape)
 
-    def score(self, weights_rw: torch.Tensor, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every run on rows of its own.
-
-        Args:
-            weights_rw: as `self.weights_rw`.
-            examples: tokens [R, B, T] and labels [R, B, N]; or [B, T] and [B, N], for all runs the same.
-
-        Returns:
-            The loss of each label [R, B, N], fp32, in nats, and whether it is the likeliest token.
-        """
-        own = 0 if examples.tokens_et.ndim == 3 else None
-        positions = None if examples.positions_en is None else own
-        return torch.vmap(self._score_one, in_dims=(0, own, positions, own))(
-            weights_rw, examples.tokens_et, examples.positions_en, examples.labels_en
-        )
-
-    def _score_one(self, weights_w: torch.Tensor, *rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        parameters = {f"model.{name}": part for name, part in self.split(weights_w.to(self.dtype))}
-        return functional_call(self._scored, parameters, rows)
-
-    def with_weights_of(self, run: int) -> LanguageModel:
-        """The model with the present weights of one run, for whatever looks at one at a time."""
-        with torch.no_grad():
-            for name, part in self.split(self.weights_rw[run]):
-                self.model.get_parameter(name).copy_(part)
-        return self.model
+    @torch.no_grad()
+    def score(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every run on the same rows, one run after the other: what `score_rows` gives, [R, E, N]."""
+        losses, hits = zip(*(score_rows(model, examples) for model in self.models), strict=True)
+        return torch.stack(losses), torch.stack(hits)
 
 
 class Trainer:
@@ -114,30 +90,29 @@ class Trainer:
     def __init__(self, ensemble: Ensemble, config: Config, parts: Sequence[Examples]) -> None:
         """Train `ensemble` on rows of `parts`, which lie on its device."""
         self.ensemble, self.config, self.step = ensemble, config, 0
-        weights_rw = ensemble.weights_rw
+        weights_rw, runs = ensemble.weights_rw, len(ensemble.runs)
         self._parts = parts
         self.first_rw, self.second_rw = torch.zeros_like(weights_rw), torch.zeros_like(weights_rw)
         self.gradient_rw = torch.zeros_like(weights_rw)
-        self.loss_r, self.norm_r = weights_rw.new_zeros(len(weights_rw)), weights_rw.new_zeros(len(weights_rw))
-        self._rate_r1, self._corrections = weights_rw.new_zeros(len(weights_rw), 1), weights_rw.new_ones(2)
-        self._peak_r1 = weights_rw.new_tensor([[run.rate] for run in ensemble.runs])
-        decays = [torch.full_like(part, part.ndim >= 2).flatten() for _, part in ensemble.split(weights_rw[0])]
-        self._decay_w = torch.cat(decays) * config.optimizer.weight_decay
-        self._rows = [weights_rw.new_zeros(len(weights_rw), config.train.micro_batch, dtype=torch.int64) for _ in parts]
+        self.loss_r, self.norm_r, self._rate_r, self._done_r = weights_rw.new_zeros(4, runs)
+        self._peak_r = weights_rw.new_tensor([run.rate for run in ensemble.runs])
+        self._decay_w = torch.zeros_like(weights_rw[0])
+        for _, part in ensemble.split(self._decay_w):
+            part.fill_(config.optimizer.weight_decay if part.ndim >= 2 else 0.0)
+        self._rows = [weights_rw.new_zeros(runs, config.train.micro_batch, dtype=torch.int64) for _ in parts]
+        self._streams = [torch.cuda.Stream(weights_rw.device) for _ in ensemble.runs] if weights_rw.is_cuda else []
         self._updates: dict[int, Callable[[], object]] = {}
         self._pool: Any = None  # memory that the graphs share, because one runs at a time
 
     def train_step(self, part: int, rows_rb: torch.Tensor) -> None:
         """One step of every run on the rows that it names, int64 [R, B] on the CPU, of a part of the data."""
-        share = learning_rate(self.config, self.step) / self.config.optimizer.lr
-        self.step += 1
-        torch.mul(self._peak_r1, share, out=self._rate_r1)
-        for index, beta in enumerate(self.config.optimizer.betas):
-            self._corrections[index].fill_(1 - beta**self.step)
+        torch.mul(self._peak_r, learning_rate(self.config, self.step) / self.config.optimizer.lr, out=self._rate_r)
         self._rows[part].copy_(rows_rb)
         if part not in self._updates:
-            self._updates[part] = self._capture(part) if self._rate_r1.is_cuda else lambda: self._update(part)
+            self._updates[part] = self._capture(part) if self._streams else lambda: self._update(part)
         self._updates[part]()
+        self.ensemble.refresh()
+        self.step += 1
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that a step changes."""
@@ -147,26 +122,44 @@ class Trainer:
     def restore(self, state: dict[str, torch.Tensor], step: int) -> None:
         """Go on from what `state` gave after `step` steps; tensors [R, W]."""
         self.step = step
+        self._done_r.fill_(step)
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+        self.ensemble.refresh()
 
     def _update(self, part: int) -> None:
-        """A step of AdamW (arXiv 1711.05101) on the clipped gradient; nothing here waits for the GPU."""
-        optimizer, weights_rw = self.config.optimizer, self.ensemble.weights_rw
-        leaf_rw = weights_rw.detach().requires_grad_()
-        losses_rbn, _ = self.ensemble.score(leaf_rw, self._parts[part].take(self._rows[part]))
-        loss_r = losses_rbn.flatten(1).mean(1)
-        (gradient_rw,) = torch.autograd.grad(loss_r.sum(), leaf_rw)
+        """A step of every run; on a GPU each has a stream of its own, which a capture makes a branch of its graph."""
+        if not self._streams:
+            for run in range(len(self.ensemble.runs)):
+                self._update_run(run, part)
+            return
+        here = torch.cuda.current_stream()
+        for stream in self._streams:
+            stream.wait_stream(here)
+        for run, stream in enumerate(self._streams):
+            with torch.cuda.stream(stream):
+                self._update_run(run, part)
+        for stream in self._streams:
+            here.wait_stream(stream)
+
+    def _update_run(self, run: int, part: int) -> None:
+        """A step of AdamW (arXiv 1711.05101) on the clipped gradient of one run; nothing here waits for the GPU."""
+        optimizer, model = self.config.optimizer, self.ensemble.models[run]
+        weights_w, gradient_w, rate = self.ensemble.weights_rw[run], self.gradient_rw[run], self._rate_r[run]
+        loss = mean_loss(model, self._parts[part].take(self._rows[part][run]))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
-            self.loss_r.copy_(loss_r)
-            self.gradient_rw.copy_(gradient_rw)
-            self.norm_r.copy_(gradient_rw.norm(dim=1))
-            clipped_rw = gradient_rw * (optimizer.clip_norm / (self.norm_r[:, None] + 1e-6)).clamp(max=1.0)
-            self.first_rw.lerp_(clipped_rw, 1 - optimizer.betas[0])
-            self.second_rw.lerp_(clipped_rw.square(), 1 - optimizer.betas[1])
-            scale_rw = (self.second_rw / self._corrections[1]).sqrt_().add_(optimizer.eps)
-            step_rw = self.first_rw / self._corrections[0] / scale_rw + self._decay_w * weights_rw
-            weights_rw.sub_(self._rate_r1 * step_rw)
+            self.loss_r[run].copy_(loss)
+            views = [view for _, view in self.ensemble.split(gradient_w)]
+            torch._foreach_copy_(views, gradients)  # pyright: ignore[reportPrivateImportUsage]
+            norm = torch.linalg.vector_norm(gradient_w, out=self.norm_r[run])
+            clipped_w = gradient_w * (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            weights_w.mul_(1 - rate * self._decay_w)
+            adamw(
+                [weights_w], [clipped_w], [self.first_rw[run]], [self.second_rw[run]], [], [self._done_r[run]],
+                lr=rate, beta1=optimizer.betas[0], beta2=optimizer.betas[1], eps=optimizer.eps, weight_decay=0.0,
+                fused=True, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
     def _capture(self, part: int) -> Callable[[], object]:
         """The update as a CUDA graph; what trying it out has changed is put back.
@@ -188,76 +181,28 @@ class Trainer:
         return graph.replay
 
 
-class ScoredModel(nn.Module):
-    """A language model that answers at some positions alone, so that logits of the others need no room."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, tokens_bt: torch.Tensor, positions_bn: torch.Tensor | None, labels_bn: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses [B, N], zero where a label is -100, and whether each label is the likeliest token."""
-        hidden_btd = self.model.hidden(tokens_bt.long())
-        if positions_bn is not None:
-            places_bnd = positions_bn.long()[..., None].expand(-1, -1, hidden_btd.shape[2])
-            hidden_btd = hidden_btd.gather(1, places_bnd)
-        logits_bnv, labels_bn = at_least_fp32(self.model.head(hidden_btd)), labels_bn.long()
-        losses_bn = F.cross_entropy(logits_bnv.flatten(0, 1), labels_bn.flatten(), reduction="none")
-        return losses_bn.view(labels_bn.shape), logits_bnv.argmax(-1) == labels_bn
+def score_rows(model: LanguageModel, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each label [E, N], fp32, in nats, zero where it is -100; and whether it is the likeliest token."""
+    logits_env, labels_en = at_least_fp32(_answers(model, examples)), examples.labels_en.long()
+    losses_en = F.cross_entropy(logits_env.flatten(0, 1), labels_en.flatten(), reduction="none")
+    return losses_en.view(labels_en.shape), logits_env.argmax(-1) == labels_en
 
 
-class _Folded(torch.autograd.Function):
-    """Attention under vmap: the runs become sequences of one batch, and autograd sees that one call."""
-
-    @staticmethod
-    def forward(attention: Attention, *tensors: torch.Tensor | None) -> torch.Tensor:
-        return attention(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Nothing is kept: only under vmap is there a gradient."""
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], attention: Attention, *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, int]:
-        runs = info.batch_size
-        batches = [
-            None if x is None else (x.expand(runs, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-            for x, dim in zip(tensors, in_dims[1:], strict=True)
-        ]
-        return attention(*batches).unflatten(0, (runs, -1)), 0
+def mean_loss(model: LanguageModel, examples: Examples) -> torch.Tensor:
+    """The mean of the losses of `score_rows`, as training needs it: a scalar, fp32."""
+    labels_en = examples.labels_en.long()
+    return model.loss(_answers(model, examples), labels_en) / labels_en.numel()
 
 
-def _log_linear(*tensors: torch.Tensor) -> torch.Tensor:
-    return log_linear_attention(*tensors)[0]
+def _answers(model: LanguageModel, examples: Examples) -> torch.Tensor:
+    """Logits [E, N, V] at the positions of the labels alone, so that those of the others need no room."""
+    hidden_etd = model.hidden(examples.tokens_et.long())
+    if examples.positions_en is not None:
+        places_end = examples.positions_en.long()[..., None].expand(-1, -1, hidden_etd.shape[2])
+        hidden_etd = hidden_etd.gather(1, places_end)
+    return model.head(hidden_etd)
 
 
-class _LogLinearOfAllRuns(LogLinearCore):
-    """The op over rows that are a document each."""
-
-    def forward(
-        self,
-        memory: LogLinearState | None,
-        q_btgn: torch.Tensor,
-        k_btgn: torch.Tensor,
-        v_bthp: torch.Tensor,
-        g_bth: torch.Tensor,
-        scales_bthl: torch.Tensor | None,
-        documents: Documents,
-    ) -> tuple[torch.Tensor, LogLinearState | None]:
-        assert memory is None
-        assert documents.cu_seqlens is None
-        return _Folded.apply(_log_linear, q_btgn, k_btgn, v_bthp, g_bth, scales_bthl), None  # pyright: ignore[reportReturnType]
-
-
-class _SoftmaxOfAllRuns(SoftmaxCore):
-    """Attention over rows that are a document each."""
-
-    def forward(
-        self, q_bthp: torch.Tensor, k_bshp: torch.Tensor, v_bshp: torch.Tensor, documents: Documents
-    ) -> torch.Tensor:
-        assert documents.cu_seqlens is None
-        return _Folded.apply(causal_attention, q_bthp, k_bshp, v_bshp)  # pyright: ignore[reportReturnType]
+def _room(shape: torch.Size) -> int:
+    """Weights that a parameter of this shape takes among those of its run."""
+    return -(-shape.numel() // ALIGNMENT) * ALIGNMENT

@@ -64,7 +64,8 @@ class Group:
         self._levels = LevelScaleRecorder(self.ensemble, data.validation[-1])
         self.curves: list[list[Record]] = [[] for _ in plan.runs]
         self.seconds = 0.0
-        key = json.dumps([plan.phase, plan.runs, experiment.fingerprint])
+        width = self.ensemble.weights_rw.shape[1]  # another where the weights are laid out otherwise
+        key = json.dumps([plan.phase, plan.runs, experiment.fingerprint, width])
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         self._file = state / f"{plan.experiment}-{plan.mode}-{digest}.safetensors"
         if self._file.exists():

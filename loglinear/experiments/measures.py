@@ -22,8 +22,8 @@ from loglinear.train.level_scales import LevelScaleStatistics
 
 Record = dict[str, Any]
 
-TOKENS_AT_ONCE = 1 << 20  # of all runs, in one forward pass of an evaluation
-LOGITS_AT_ONCE = 1 << 29  # of all runs, likewise
+TOKENS_AT_ONCE = 1 << 20  # of a run, in one forward pass of an evaluation
+LOGITS_AT_ONCE = 1 << 29  # likewise
 LEVEL_ROWS = 4  # rows at which level scales are looked at
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LOW, HIGH = 0.05, 2.0  # level scales below and above are extreme; a start at one is neither
@@ -54,7 +54,7 @@ def score_sets(ensemble: Ensemble, mode: Mode, trained: int, sets: Sequence[RowS
     records: list[list[Record]] = [[] for _ in ensemble.runs]
     for rows in sets:
         for policy in policies(mode, rows.examples.length, trained):
-            for module in ensemble.model.modules():
+            for module in (module for model in ensemble.models for module in model.modules()):
                 if isinstance(module, LambdaMap):
                     module.beyond = policy or "error"
             losses_ren, hits_ren = _scores(ensemble, rows)
@@ -85,20 +85,19 @@ class LevelScaleRecorder:
 
     def __init__(self, ensemble: Ensemble, rows: RowSet) -> None:
         """Look at the first of `rows`, none of which is longer than what is trained."""
-        self._ensemble = ensemble
-        self._statistics = LevelScaleStatistics(ensemble.model)
+        self._models = ensemble.models
+        self._statistics = [LevelScaleStatistics(model) for model in self._models]
         self._tokens_et = rows.examples.tokens_et[:LEVEL_ROWS].long()
 
     @torch.no_grad()
     def take(self) -> list[list[list[float | None]]]:
         """For each run a row of `LEVEL_COLUMNS` for every layer and level."""
         taken = []
-        for run in range(len(self._ensemble.runs)):
-            model = self._ensemble.with_weights_of(run)
-            self._statistics.recording = True
+        for model, statistics in zip(self._models, self._statistics, strict=True):
+            statistics.recording = True
             model.hidden(self._tokens_et)
-            self._statistics.recording = False
-            taken.append([list(map(rounded, row)) for row in _level_rows(self._statistics)])
+            statistics.recording = False
+            taken.append([list(map(rounded, row)) for row in _level_rows(statistics)])
         return taken
 
 
@@ -114,16 +113,12 @@ def _level_rows(statistics: LevelScaleStatistics) -> Iterator[list[float]]:
         yield [layer, level, float(scales.mean()), *quantiles, *extremes]
 
 
-@torch.no_grad()
 def _scores(ensemble: Ensemble, rows: RowSet) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and hits of all runs, [R, E, N] on the CPU, a few rows at a time."""
-    examples, runs = rows.examples, len(ensemble.runs)
-    logits = examples.labels_en.shape[1] * ensemble.model.head.out_features
-    at_once = max(1, min(TOKENS_AT_ONCE // examples.length, LOGITS_AT_ONCE // logits) // runs)
-    parts = [
-        ensemble.score(ensemble.weights_rw, examples.take(slice(start, start + at_once)))
-        for start in range(0, len(examples), at_once)
-    ]
+    examples = rows.examples
+    logits = examples.labels_en.shape[1] * ensemble.models[0].head.out_features
+    at_once = max(1, min(TOKENS_AT_ONCE // examples.length, LOGITS_AT_ONCE // logits))
+    parts = [ensemble.score(examples.take(slice(start, start + at_once))) for start in range(0, len(examples), at_once)]
     losses, hits = zip(*parts, strict=True)
     return torch.cat(losses, 1).cpu(), torch.cat(hits, 1).cpu()
 

@@ -23,9 +23,10 @@ from rich.table import Table
 from data_pipeline.held_out import held_out_batches
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from loglinear.config import Config
-from loglinear.experiments.ensemble import ScoredModel
+from loglinear.experiments.ensemble import score_rows
 from loglinear.experiments.examples import Cell, Examples
 from loglinear.experiments.needle import FORMS, needle_examples
+from loglinear.model import LanguageModel
 from loglinear.parallel import lone_mesh
 from loglinear.train.folder import RunFolder
 from loglinear.train.inference import load_model
@@ -70,12 +71,12 @@ def evaluate_needles(root: Path, lengths: Sequence[int], samples: int | None) ->
     model, step = load_model(folder, config, lone_mesh(device))
     tokenizer = load_tokenizer(folder.tokenizer, config.model.vocab_size, config.data.tokenizer.bos)
     haystack = held_out_sentences(config, tokenizer, HAYSTACKS * max(lengths))
-    scored, tokens = ScoredModel(model), config.train.micro_batch * config.model.seq_len
+    tokens = config.train.micro_batch * config.model.seq_len
     scores = []
     cells = list(product(FORMS, lengths, DEPTHS))
     for form, length, depth in track(cells, "asking", console=Console(stderr=True), transient=True):
         rows = needle_rows(form, Cell(length, 1, samples or EXAMPLES), depth, haystack, tokenizer)
-        scores.append(NeedleScore(form, length, depth, *_score(scored, rows, tokens, device)))
+        scores.append(NeedleScore(form, length, depth, *_score(model, rows, tokens, device)))
     print(f"step {step}: right answers of {samples or EXAMPLES}, by the share of the text before the needle")
     Console().print(_table(scores))
     (root / "needles.json").write_text(json.dumps([asdict(score) for score in scores], indent=1) + "\n")
@@ -114,14 +115,13 @@ def needle_rows(form: str, cell: Cell, depth: float, haystack: list[str], tokeni
 
 
 @torch.inference_mode()
-def _score(scored: ScoredModel, rows: Examples, tokens: int, device: torch.device) -> tuple[int, int, float]:
+def _score(model: LanguageModel, rows: Examples, tokens: int, device: torch.device) -> tuple[int, int, float]:
     """Right answers, answers, and the loss of a token; about `tokens` tokens are read at once."""
     right, loss = 0, 0.0
     at_once = max(1, tokens // rows.length)
     for start in range(0, len(rows), at_once):
         part = rows.take(slice(start, start + at_once)).to(device)
-        assert part.positions_en is not None
-        losses_en, hits_en = scored(part.tokens_et, part.positions_en, part.labels_en)
+        losses_en, hits_en = score_rows(model, part)
         right += int((hits_en | (part.labels_en < 0)).all(1).sum())
         loss += float(losses_en.double().sum())
     return right, len(rows), loss / int((rows.labels_en >= 0).sum())

@@ -24,8 +24,8 @@ softmax attention as the ceiling. [protocol.md](protocol.md) fixed what is run a
 
 This page is written by `loglinear experiment report` from the results in [evidence/](evidence/), a JSON line for every
 finished run with its curve, its tests and the command that runs it again. Numbers are means ± standard deviations over
-seeds. Run again in the same group on a CPU, a number is the same bit for bit; a run alone differs from it by the
-rounding of other matrix shapes, which training amplifies.
+seeds. On one CPU a run gives the same numbers again bit for bit, alone or in its group; a GPU may round sums otherwise,
+which training amplifies.
 """
 
 

@@ -154,7 +154,7 @@ class _Runner:
             "curve": group.curves[index],
             "test": tested,
             "steps": self.experiment.steps,
-            "parameters": group.ensemble.model.parameter_count(),
+            "parameters": group.ensemble.models[0].parameter_count(),
             "together": len(plan.runs),
             "seconds": round(group.seconds / len(plan.runs), 2),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",

@@ -64,11 +64,6 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def is_under_vmap(x: torch.Tensor) -> bool:
-    """Whether x [...] stands for a batch of tensors, inside `torch.vmap`."""
-    return torch._C._functorch.is_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """x [...] in fp32, or in float64 if it is that already."""
     return x.to(compute_dtype(x))

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
-from loglinear.ops.checks import at_least_fp32, is_under_vmap
+from loglinear.ops.checks import at_least_fp32
 
 
 def causal_conv_silu(
@@ -239,8 +239,8 @@ def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> torch.Tens
 
 
 def _has_kernels(x: torch.Tensor) -> bool:
-    """Whether Triton runs there, in that dtype; inside `torch.vmap` x has no memory that a kernel could read."""
-    return x.is_cuda and not is_under_vmap(x) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether Triton runs there, in that dtype."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _kernels_for_few_rows(x: torch.Tensor) -> ModuleType | None:

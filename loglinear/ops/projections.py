@@ -17,8 +17,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loglinear.ops.checks import is_under_vmap
-
 
 class Projections(nn.Module):
     """`projections` of what a layer takes in; without weights, so that another can take its place."""
@@ -38,8 +36,6 @@ def projections(x_btd: torch.Tensor, weights_ed: Sequence[torch.Tensor]) -> tupl
     Returns:
         [B, T, E] for each weight, contiguous, in x's dtype.
     """
-    if is_under_vmap(x_btd):
-        return products(x_btd, weights_ed)  # `torch.vmap` has no rule for a sum into what is there
     return _Projections.apply(x_btd, *weights_ed)  # pyright: ignore[reportReturnType]
 
 

@@ -77,7 +77,7 @@ def test_level_scales_are_those_of_each_run_at_the_tokens_that_read_them() -> No
     trainer = trained()
     taken = LevelScaleRecorder(trainer.ensemble, RowSet("validation", "x", rows(32))).take()
     for run in range(2):
-        model = trainer.ensemble.with_weights_of(run)
+        model = trainer.ensemble.models[run]
         seen: list[torch.Tensor] = []
         level_map = next(module for module in model.modules() if isinstance(module, LambdaMap))
         hook = level_map.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
@@ -99,7 +99,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch: p
     ensemble, sets = trained("mlp_softmax").ensemble, [RowSet("longer", "x", rows(128, 7))]
     ensemble.weights_rw += torch.randn(ensemble.weights_rw.shape, generator=torch.Generator().manual_seed(0)) / 5
     whole = score_sets(ensemble, "mlp_softmax", 32, sets)
-    monkeypatch.setattr("loglinear.experiments.measures.TOKENS_AT_ONCE", 3 * 128 * 2)
+    monkeypatch.setattr("loglinear.experiments.measures.TOKENS_AT_ONCE", 3 * 128)
     assert score_sets(ensemble, "mlp_softmax", 32, sets) == whole
     assert [record["beyond"] for record in whole[0]] == ["clamp", "extend", "one"]
     assert len({record["loss"] for record in whole[0]}) == 3

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
 from loglinear.config import Config, DataConfig
-from loglinear.experiments.ensemble import ScoredModel
+from loglinear.experiments.ensemble import score_rows
 from loglinear.experiments.examples import Cell, Examples
 from loglinear.experiments.needle import FORMS, NEEDLE
 from loglinear.experiments.needle_eval import DEPTHS, evaluate_needles, held_out_sentences, needle_rows
@@ -48,9 +48,8 @@ def cell_rows(form: str, depth: float, haystack: list[str], data: DataConfig) ->
 def learn(model: LanguageModel, rows: list[Examples]) -> None:
     """Train on the rows' answers alone until every token of them is the likeliest."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    scored = ScoredModel(model)
     for _ in range(200):
-        parts = [scored(row.tokens_et, row.positions_en, row.labels_en) for row in rows]
+        parts = [score_rows(model, row) for row in rows]
         if all(bool((hits | (row.labels_en < 0)).all()) for (_, hits), row in zip(parts, rows, strict=True)):
             return
         optimizer.zero_grad()

@@ -69,14 +69,8 @@ def test_torch_counts_its_flops() -> None:
     assert counter.get_total_flops() == 3 * 2 * x_btd.numel() * sum(WIDTHS)
 
 
-def test_it_is_understood_by_vmap_and_by_the_meta_device() -> None:
+def test_it_is_understood_by_the_meta_device() -> None:
     x_btd, weights_ed = leaves()
-    stacked = [torch.stack([weight_ed, 2 * weight_ed]).detach().requires_grad_() for weight_ed in weights_ed]
-    outputs = torch.vmap(lambda *weights: projections(x_btd * weights[0].sum(), weights))(*stacked)
-    for output, weight in zip(outputs, weights_ed, strict=True):
-        for run in (1, 2):
-            expected = F.linear(x_btd * run * weights_ed[0].sum(), run * weight)
-            torch.testing.assert_close(output[run - 1], expected, rtol=1e-12, atol=1e-12)
     on_meta = x_btd.detach().to("meta").requires_grad_()
     sum(y.sum() for y in projections(on_meta, [w.detach().to("meta") for w in weights_ed])).backward()
     assert on_meta.grad is not None
