@@ -33,6 +33,7 @@ from loglinear.model.attention import KeyValueCache, SoftmaxMixer
 from loglinear.model.decoder import Decoder
 from loglinear.model.mixer import LogLinearMixer, MixerState
 from loglinear.ops import LogLinearState
+from loglinear.ops.graphs import run_aside
 
 COMMAND = "loglinear bench decode"
 WARM_UP, STEPS, TRIES = 4, 8, 3
@@ -181,11 +182,7 @@ def _repeated(model: LanguageModel, state: DecodeState) -> Step:
     """A graph of the step behind `state`, which only ever writes the same place of its caches."""
     device = model.embedding.weight.device
     tokens_b1 = torch.zeros(len(state.positions), 1, dtype=torch.int64, device=device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        model.decode(tokens_b1, state)
-    torch.cuda.current_stream().wait_stream(stream)
+    run_aside(lambda: model.decode(tokens_b1, state))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         model.decode(tokens_b1, state)

@@ -22,6 +22,7 @@ from loglinear.config import Config
 from loglinear.experiments.examples import Examples
 from loglinear.model import LanguageModel, build_model
 from loglinear.ops.checks import at_least_fp32
+from loglinear.ops.graphs import run_aside
 from loglinear.train.schedule import learning_rate
 
 ALIGNMENT = 64  # weights: a parameter begins at a multiple, as in memory of its own, so kernels treat it the same
@@ -167,12 +168,8 @@ class Trainer:
         The op keeps its tables of the last 64 shapes, and a run sees far fewer, so those of the graph stay.
         """
         before = {name: tensor.clone() for name, tensor in self.state().items()}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles kernels and makes tables, which a graph cannot hold
-                self._update(part)
-        torch.cuda.current_stream().wait_stream(side)
+        for _ in range(2):  # compiles kernels and makes tables, which a graph cannot hold
+            run_aside(lambda: self._update(part))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             self._update(part)

@@ -13,6 +13,7 @@ from loglinear.model.layers import Documents
 from loglinear.model.lm import DecodeState, LanguageModel
 from loglinear.model.mixer import MixerState
 from loglinear.ops import LogLinearState, StateInPlace
+from loglinear.ops.graphs import run_aside
 
 
 class Decoder:
@@ -66,11 +67,7 @@ class Decoder:
         return logits_bv
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what it compiles and allocates is no part of a graph; on a copy of the state
-            self._read(_in_place(self._state))
-        torch.cuda.current_stream().wait_stream(stream)
+        run_aside(lambda: self._read(_in_place(self._state)))  # on a copy
         self._state = _in_place(self._state)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
