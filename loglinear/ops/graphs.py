@@ -8,7 +8,7 @@ import torch
 
 
 def run_aside(work: Callable[[], object]) -> None:
-    """Run `work` on a stream of its own, as torch asks before a capture: compiling and allocating is in no graph."""
+    """Run `work` on a stream of its own, as torch asks before a capture: no graph holds what it compiles and takes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
