@@ -142,6 +142,17 @@ def rms_norm(x: torch.Tensor, weight_d: torch.Tensor, eps: float) -> torch.Tenso
     return F.rms_norm(x, weight_d.shape, weight_d, eps)
 
 
+def rms_norm_and_residual(x: torch.Tensor, weight_d: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of x [..., D], and x: backward both gradients are added in the same pass over memory."""
+    if _has_kernels(x):
+        from loglinear.ops.triton import rms_norm as kernels
+
+        if len(weight_d) <= kernels.MOST_WIDTH:
+            y_id, x_id = kernels.rms_norm.and_input(0, x.flatten(0, -2).contiguous(), weight_d, eps)
+            return y_id.view(x.shape), x_id.view(x.shape)
+    return F.rms_norm(x, weight_d.shape, weight_d, eps), x
+
+
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [..., D] each. Source: arXiv 2002.05202."""
     if _has_kernels(gate):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
@@ -60,6 +60,10 @@ def _rms_norm(x, weight):
     return neighbours.rms_norm(x, weight, EPS)
 
 
+def _rms_norm_and_residual(x, weight):
+    return neighbours.rms_norm_and_residual(x, weight, EPS)
+
+
 def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
     """Each with fresh random numbers; sizes that fill no block, and on a GPU those of a model."""
     channels, size, levels, hidden = (70, 24, 14, 32) if not on_gpu else (1024, 64, 17, 64)
@@ -86,6 +90,12 @@ def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
     few = (normal(16, 5) / 2, normal(16), normal(5, 16) / 4, normal(5))
     yield "lambda of few levels", Case(neighbours.adaptive_scales, (normal(1, 40, 2, 5), *few))
     yield "RMSNorm", Case(_rms_norm, (normal(2, tokens, channels), normal(channels)))
+    beside = Case(_rms_norm_and_residual, (normal(2, tokens, channels), normal(channels)))
+    yield "RMSNorm and residual", beside
+    yield (
+        "RMSNorm and residual, compiled",
+        replace(beside, form=torch.compile(beside.form, backend="aot_eager", fullgraph=True)),
+    )
     yield "cross-entropy", _loss(normal(tokens, 37 * channels))
     if on_gpu:  # a library's
         yield "silu product", Case(neighbours.silu_product, (normal(2, tokens, channels), normal(2, tokens, channels)))
@@ -195,6 +205,15 @@ def check_operators() -> None:
         opcheck(operator.definition, wanting, test_utils=OPERATOR_CHECKS)
 
 
+def check_additions() -> None:
+    """The gradient of a residual is added by the backward pass of the norm beside it; autograd adds nothing."""
+    x, weight = normal(20, 9).requires_grad_(), normal(9).requires_grad_()
+    y, residual = neighbours.rms_norm_and_residual(x, weight, EPS)
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad((y, residual), (x, weight), (y, y))
+    assert not [event.key for event in profile.key_averages() if event.key.startswith("aten::add")]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -202,5 +221,6 @@ if __name__ == "__main__":
     measured = {name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}
     measured["inputs, token by token"] = token_by_token(torch.float32, "cpu")
     with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):
+        check_additions()
         measured["products of few tokens"] = few_rows(torch.float32, "cpu")
     print(json.dumps(measured))

@@ -56,18 +56,18 @@ def _(x_id, weight_d, eps):
 
 @operator("loglinear::rms_norm_backward")
 def _rms_norm_backward(
-    dy_id: torch.Tensor, x_id: torch.Tensor, weight_d: torch.Tensor, eps: float
+    dy_id: torch.Tensor, x_id: torch.Tensor, weight_d: torch.Tensor, eps: float, beside_id: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and weight."""
+    """Gradients of x, to which `beside` is added in fp32 if there is one, and of weight."""
     dx_id, sizes = torch.empty_like(x_id), _sizes(x_id.shape[1])
     steps, programs = steps_of_a_program(len(x_id), sizes["BLOCK_I"], MOST_PROGRAMS)
     sums_d = weight_d.new_empty(programs, len(weight_d), dtype=torch.float32)
-    _backward[(programs,)](dy_id, x_id, weight_d, dx_id, sums_d, len(x_id), steps, eps, **sizes)
+    _backward[(programs,)](dy_id, x_id, weight_d, beside_id, dx_id, sums_d, len(x_id), steps, eps, **sizes)
     return dx_id, sums_d.sum(0).to(weight_d.dtype)
 
 
 @_rms_norm_backward.register_fake
-def _(dy_id, x_id, weight_d, eps):
+def _(dy_id, x_id, weight_d, eps, beside_id=None):
     return torch.empty_like(x_id), torch.empty_like(weight_d)
 
 
@@ -76,8 +76,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x_id, weight_d)
 
 
-def _autograd(ctx, dy_id):
-    return *_rms_norm_backward(dy_id.contiguous(), *ctx.saved_tensors, ctx.eps), None
+def _autograd(ctx, dy_id, beside_id=None):
+    return *_rms_norm_backward(dy_id.contiguous(), *ctx.saved_tensors, ctx.eps, beside_id), None
 
 
 rms_norm.register_autograd(_autograd, setup_context=_setup_context)
@@ -99,7 +99,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _backward(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, sums_ptr, rows, steps, eps,
+    dy_ptr, x_ptr, weight_ptr, beside_ptr, dx_ptr, sums_ptr, rows, steps, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
@@ -111,10 +111,12 @@ def _backward(
         exists_id = (i < rows)[:, None] & (d < D)[None, :]
         x_id = tl.load(x_ptr + at_id, mask=exists_id, other=0.0).to(tl.float32)
         dy_id = tl.load(dy_ptr + at_id, mask=exists_id, other=0.0).to(tl.float32)
+        beside_id = 0.0 if beside_ptr is None else tl.load(beside_ptr + at_id, mask=exists_id, other=0.0)
         factor_i = tl.rsqrt(tl.sum(x_id * x_id, 1) / D + eps)
         x_id *= factor_i[:, None]
         sums_id += dy_id * x_id
         dy_id *= weight_d[None, :]
         dx_id = factor_i[:, None] * (dy_id - x_id * (tl.sum(dy_id * x_id, 1) / D)[:, None])
+        dx_id += beside_id
         tl.store(dx_ptr + at_id, dx_id.to(dx_ptr.dtype.element_ty), mask=exists_id)
     tl.store(sums_ptr + tl.program_id(0) * D + d, tl.sum(sums_id, 0), mask=d < D)
