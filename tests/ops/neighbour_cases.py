@@ -143,7 +143,7 @@ def _inputs_at_once(given: list[torch.Tensor]) -> list[torch.Tensor]:
     triples = zip(given[:3], given[3:6], given[6:9], strict=True)
     q, k, v = (neighbours.causal_conv_silu(*triple, rows, packed=False) for triple in triples)
     raw, *rates = given[9:]
-    g, weighted = neighbours.discretise(raw, *rates, v.unflatten(2, (raw.shape[2], -1)))
+    g, weighted, _ = neighbours.discretise(raw, *rates, v.unflatten(2, (raw.shape[2], -1)))
     return [q, k, v, weighted.flatten(2), g.cumsum(1)]
 
 
@@ -206,12 +206,16 @@ def check_operators() -> None:
 
 
 def check_additions() -> None:
-    """The gradient of a residual is added by the backward pass of the norm beside it; autograd adds nothing."""
-    x, weight = normal(20, 9).requires_grad_(), normal(9).requires_grad_()
-    y, residual = neighbours.rms_norm_and_residual(x, weight, EPS)
-    with torch.profiler.profile() as profile:
-        torch.autograd.grad((y, residual), (x, weight), (y, y))
-    assert not [event.key for event in profile.key_averages() if event.key.startswith("aten::add")]
+    """What comes along an input that is given on is added by the operation's backward pass; autograd adds nothing."""
+    for form, shapes in (
+        (_rms_norm_and_residual, ((20, 9), (9,))),
+        (neighbours.discretise, ((1, 20, 2), (2,), (2,), (1, 20, 2, 8))),
+    ):
+        given = [normal(*shape).requires_grad_() for shape in shapes]
+        outputs = form(*given)
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(outputs, given, outputs)
+        assert not [event.key for event in profile.key_averages() if event.key.startswith("aten::add")]
 
 
 if __name__ == "__main__":
