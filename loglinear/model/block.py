@@ -29,10 +29,9 @@ class Block(nn.Module):
         """Shapes [B, T, D] in and out; `state` as in `LogLinearMixer.forward`."""
         normed_btd, x_btd = self.mixer_norm(x_btd)
         mixed_btd, state = self.mixer(normed_btd, documents, state)
-        x_btd = x_btd + mixed_btd
         if self.mlp is None or self.mlp_norm is None:
-            return x_btd, state
-        normed_btd, x_btd = self.mlp_norm(x_btd)
+            return x_btd + mixed_btd, state
+        normed_btd, x_btd = self.mlp_norm(x_btd, mixed_btd)
         return x_btd + self.mlp(normed_btd), state
 
     def step(self, x_bd: torch.Tensor, documents: Documents, state: MixerState) -> torch.Tensor:

@@ -128,9 +128,9 @@ class RMSNorm(nn.Module):
 class PreNorm(RMSNorm):
     """The norm that begins a half of a block, and the residual beside it."""
 
-    def forward(self, x_btd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x normalised, and x to be added to what is made of that: [B, T, D] in and out."""
-        return rms_norm_and_residual(x_btd, self.weight, self.eps)
+    def forward(self, x_btd: torch.Tensor, addend_btd: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual x normalised, and x, after `addend` of the half before is added to it: [B, T, D] in and out."""
+        return rms_norm_and_residual(x_btd, addend_btd, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -143,14 +143,24 @@ def rms_norm(x: torch.Tensor, weight_d: torch.Tensor, eps: float) -> torch.Tenso
     return F.rms_norm(x, weight_d.shape, weight_d, eps)
 
 
-def rms_norm_and_residual(x: torch.Tensor, weight_d: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm` of x [..., D], and x: backward both gradients are added in the same pass over memory."""
+def rms_norm_and_residual(
+    x: torch.Tensor, addend: torch.Tensor | None, weight_d: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of x + addend [..., D], or of x, and what it is the norm of.
+
+    That is one pass over memory forward, and one backward, which adds both gradients.
+    """
     if _has_kernels(x):
         from loglinear.ops.triton import rms_norm as kernels
 
         if len(weight_d) <= kernels.MOST_WIDTH:
-            y_id, x_id = kernels.rms_norm.and_input(0, x.flatten(0, -2).contiguous(), weight_d, eps)
+            x_id = x.flatten(0, -2).contiguous()
+            if addend is None:
+                y_id, x_id = kernels.rms_norm.and_input(0, x_id, weight_d, eps)
+            else:
+                y_id, x_id = kernels.add_rms_norm(x_id, addend.flatten(0, -2).contiguous(), weight_d, eps)
             return y_id.view(x.shape), x_id.view(x.shape)
+    x = x if addend is None else x + addend
     return F.rms_norm(x, weight_d.shape, weight_d, eps), x
 
 

@@ -60,8 +60,14 @@ def _rms_norm(x, weight):
     return neighbours.rms_norm(x, weight, EPS)
 
 
-def _rms_norm_and_residual(x, weight):
-    return neighbours.rms_norm_and_residual(x, weight, EPS)
+def _rms_norm_and_residual(x, weight, addend=None):
+    return neighbours.rms_norm_and_residual(x, addend, weight, EPS)
+
+
+def _two_norms(x, weight):
+    """As in a block, with nothing between them."""
+    normed, x = _rms_norm_and_residual(x, weight)
+    return _rms_norm_and_residual(x, weight, normed)
 
 
 def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
@@ -92,10 +98,9 @@ def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
     yield "RMSNorm", Case(_rms_norm, (normal(2, tokens, channels), normal(channels)))
     beside = Case(_rms_norm_and_residual, (normal(2, tokens, channels), normal(channels)))
     yield "RMSNorm and residual", beside
-    yield (
-        "RMSNorm and residual, compiled",
-        replace(beside, form=torch.compile(beside.form, backend="aot_eager", fullgraph=True)),
-    )
+    yield "RMSNorm of a sum", replace(beside, tensors=(*beside.tensors, normal(2, tokens, channels)))
+    compiled = torch.compile(_two_norms, backend="aot_eager", fullgraph=True)
+    yield "two norms, compiled", replace(beside, form=compiled)
     yield "cross-entropy", _loss(normal(tokens, 37 * channels))
     if on_gpu:  # a library's
         yield "silu product", Case(neighbours.silu_product, (normal(2, tokens, channels), normal(2, tokens, channels)))
@@ -197,6 +202,7 @@ def check_operators() -> None:
         (discretise.discretise, (normal(20, 2), normal(2), normal(2), v)),
         (lambda_mlp.lambda_mlp, (normal(40, 5), *layers)),
         (rms_norm.rms_norm, (normal(20, 9), normal(9), EPS)),
+        (rms_norm.add_rms_norm, (normal(20, 9), normal(20, 9), normal(9), EPS)),
         (cross_entropy.cross_entropy, (normal(20, 9), torch.arange(20) % 10 - 1)),
     ):
         wanting = [
@@ -209,6 +215,7 @@ def check_additions() -> None:
     """What comes along an input that is given on is added by the operation's backward pass; autograd adds nothing."""
     for form, shapes in (
         (_rms_norm_and_residual, ((20, 9), (9,))),
+        (_rms_norm_and_residual, ((20, 9), (9,), (20, 9))),
         (neighbours.discretise, ((1, 20, 2), (2,), (2,), (1, 20, 2, 8))),
     ):
         given = [normal(*shape).requires_grad_() for shape in shapes]

@@ -35,8 +35,20 @@ def rms_norm(x_id: torch.Tensor, weight_d: torch.Tensor, eps: float) -> torch.Te
     """
     y_id = torch.empty_like(x_id)
     sizes = _sizes(x_id.shape[1])
-    _forward[(triton.cdiv(len(x_id), sizes["BLOCK_I"]),)](x_id, weight_d, y_id, len(x_id), eps, **sizes)
+    _forward[(triton.cdiv(len(x_id), sizes["BLOCK_I"]),)](x_id, None, weight_d, y_id, None, len(x_id), eps, **sizes)
     return y_id
+
+
+@operator("loglinear::add_rms_norm")
+def add_rms_norm(
+    x_id: torch.Tensor, addend_id: torch.Tensor, weight_d: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of x + addend, and that sum, rounded to x's dtype before it is read. Shapes as there."""
+    y_id, sum_id, sizes = torch.empty_like(x_id), torch.empty_like(x_id), _sizes(x_id.shape[1])
+    _forward[(triton.cdiv(len(x_id), sizes["BLOCK_I"]),)](
+        x_id, addend_id, weight_d, y_id, sum_id, len(x_id), eps, **sizes
+    )
+    return y_id, sum_id
 
 
 def _sizes(width: int) -> dict[str, Any]:
@@ -52,6 +64,11 @@ def _sizes(width: int) -> dict[str, Any]:
 @rms_norm.register_fake
 def _(x_id, weight_d, eps):
     return torch.empty_like(x_id)
+
+
+@add_rms_norm.register_fake
+def _(x_id, addend_id, weight_d, eps):
+    return torch.empty_like(x_id), torch.empty_like(x_id)
 
 
 @operator("loglinear::rms_norm_backward")
@@ -83,14 +100,32 @@ def _autograd(ctx, dy_id, beside_id=None):
 rms_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _setup_context_of_sum(ctx, inputs, output) -> None:
+    _, _, weight_d, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight_d)
+
+
+def _autograd_of_sum(ctx, dy_id, dsum_id):
+    dx_id, *others = _autograd(ctx, dy_id, dsum_id.contiguous())
+    return dx_id, dx_id, *others
+
+
+add_rms_norm.register_autograd(_autograd_of_sum, setup_context=_setup_context_of_sum)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
-    x_ptr, weight_ptr, y_ptr, rows, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr
+    x_ptr, addend_ptr, weight_ptr, y_ptr, sum_ptr, rows, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     i, d = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
     at_id = i.to(tl.int64)[:, None] * D + d[None, :]
     exists_id = (i < rows)[:, None] & (d < D)[None, :]
     x_id = tl.load(x_ptr + at_id, mask=exists_id, other=0.0).to(tl.float32)
+    if addend_ptr is not None:
+        x_id += tl.load(addend_ptr + at_id, mask=exists_id, other=0.0).to(tl.float32)
+        x_id = x_id.to(sum_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(sum_ptr + at_id, x_id, mask=exists_id)
     weight_d = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     factor_i = tl.rsqrt(tl.sum(x_id * x_id, 1) / D + eps)
     y_id = x_id * factor_i[:, None] * weight_d[None, :]
