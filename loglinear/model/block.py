@@ -7,7 +7,7 @@ from torch import nn
 
 from loglinear.config import ModelConfig
 from loglinear.model.attention import KeyValueCache, SoftmaxMixer
-from loglinear.model.layers import Documents, RMSNorm, SwiGLU
+from loglinear.model.layers import Documents, PreNorm, SwiGLU
 from loglinear.model.mixer import LogLinearMixer, MixerState
 
 MIXERS = {"log_linear": LogLinearMixer, "softmax": SoftmaxMixer}
@@ -18,20 +18,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer_norm = PreNorm(config.dim, config.norm_eps)
         self.mixer = MIXERS[config.mixer_of(layer)](config)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps) if config.mlp_dim else None
+        self.mlp_norm = PreNorm(config.dim, config.norm_eps) if config.mlp_dim else None
         self.mlp = SwiGLU(config.dim, config.mlp_dim) if config.mlp_dim else None
 
     def forward(
         self, x_btd: torch.Tensor, documents: Documents, state: MixerState | KeyValueCache | None = None
     ) -> tuple[torch.Tensor, MixerState | KeyValueCache | None]:
         """Shapes [B, T, D] in and out; `state` as in `LogLinearMixer.forward`."""
-        mixed_btd, state = self.mixer(self.mixer_norm(x_btd), documents, state)
-        x_btd = x_btd + mixed_btd
+        normed_btd, x_btd = self.mixer_norm(x_btd)
+        mixed_btd, state = self.mixer(normed_btd, documents, state)
         if self.mlp is None or self.mlp_norm is None:
-            return x_btd, state
-        return x_btd + self.mlp(self.mlp_norm(x_btd)), state
+            return x_btd + mixed_btd, state
+        normed_btd, x_btd = self.mlp_norm(x_btd, mixed_btd)
+        return x_btd + self.mlp(normed_btd), state
 
     def step(self, x_bd: torch.Tensor, documents: Documents, state: MixerState) -> torch.Tensor:
         """`forward` of one token of each document, [B, D] in and out; as `LogLinearMixer.step`, which the mixer has."""

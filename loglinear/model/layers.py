@@ -17,6 +17,7 @@ from loglinear.ops.neighbours import (
     linear_onto,
     norm_gated_linear,
     rms_norm,
+    rms_norm_and_residual,
     silu_product,
     skip_gate_norm,
 )
@@ -122,6 +123,14 @@ class RMSNorm(nn.Module):
     def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
         """Shapes [B, T, D] in and out."""
         return rms_norm(x_btd, self.weight, self.eps)
+
+
+class PreNorm(RMSNorm):
+    """The norm that begins a half of a block, and the residual beside it."""
+
+    def forward(self, x_btd: torch.Tensor, addend_btd: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual x normalised, and x, after `addend` of the half before is added to it: [B, T, D] in and out."""
+        return rms_norm_and_residual(x_btd, addend_btd, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -139,7 +139,7 @@ class LogLinearMixer(nn.Module):
         q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp, z_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in (v, z))
-        g_bth, weighted_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)
+        g_bth, weighted_bthp, v_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)
         scales_bthl = self.lambda_map(of_token, documents.positions_bt, documents.length)
         memory = None if state is None else state.memory
         assert not isinstance(memory, StateInPlace)

@@ -57,7 +57,7 @@ def causal_conv_silu(
 
 def discretise(
     raw_bth: torch.Tensor, bias_h: torch.Tensor, a_log_h: torch.Tensor, v_bthp: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The log-decay and the values that the op reads, from the step size softplus(raw + bias).
 
     Args:
@@ -66,7 +66,8 @@ def discretise(
         v_bthp: values [B, T, H, P].
 
     Returns:
-        g [B, T, H] = -exp(A_log) * step, fp32 at least, and v * step [B, T, H, P].
+        g [B, T, H] = -exp(A_log) * step, fp32 at least; v * step [B, T, H, P]; and v, for whatever else reads it: both
+        gradients of v are added in the same pass over memory.
 
     Source: Mamba-2, arXiv 2405.21060.
     """
@@ -74,10 +75,10 @@ def discretise(
         from loglinear.ops.triton.discretise import discretise as kernel
 
         raw_ih, v_ihp = (x.flatten(0, 1).contiguous() for x in (raw_bth, v_bthp))
-        g_ih, weighted_ihp = kernel(raw_ih, bias_h, a_log_h, v_ihp)
-        return g_ih.view(raw_bth.shape), weighted_ihp.view(v_bthp.shape)
+        g_ih, weighted_ihp, v_ihp = kernel.and_input(3, raw_ih, bias_h, a_log_h, v_ihp)
+        return g_ih.view(raw_bth.shape), weighted_ihp.view(v_bthp.shape), v_ihp.view(v_bthp.shape)
     step_bth = F.softplus(at_least_fp32(raw_bth) + at_least_fp32(bias_h))
-    return -at_least_fp32(a_log_h).exp() * step_bth, v_bthp * step_bth[..., None].to(v_bthp.dtype)
+    return -at_least_fp32(a_log_h).exp() * step_bth, v_bthp * step_bth[..., None].to(v_bthp.dtype), v_bthp
 
 
 def skip_gate_norm(
@@ -140,6 +141,27 @@ def rms_norm(x: torch.Tensor, weight_d: torch.Tensor, eps: float) -> torch.Tenso
         if len(weight_d) <= kernels.MOST_WIDTH:
             return kernels.rms_norm(x.flatten(0, -2).contiguous(), weight_d, eps).view(x.shape)
     return F.rms_norm(x, weight_d.shape, weight_d, eps)
+
+
+def rms_norm_and_residual(
+    x: torch.Tensor, addend: torch.Tensor | None, weight_d: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of x + addend [..., D], or of x, and what it is the norm of.
+
+    That is one pass over memory forward, and one backward, which adds both gradients.
+    """
+    if _has_kernels(x):
+        from loglinear.ops.triton import rms_norm as kernels
+
+        if len(weight_d) <= kernels.MOST_WIDTH:
+            x_id = x.flatten(0, -2).contiguous()
+            if addend is None:
+                y_id, x_id = kernels.rms_norm.and_input(0, x_id, weight_d, eps)
+            else:
+                y_id, x_id = kernels.add_rms_norm(x_id, addend.flatten(0, -2).contiguous(), weight_d, eps)
+            return y_id.view(x.shape), x_id.view(x.shape)
+    x = x if addend is None else x + addend
+    return F.rms_norm(x, weight_d.shape, weight_d, eps), x
 
 
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

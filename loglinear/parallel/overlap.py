@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from loglinear.ops.projections import input_gradient, products, weight_gradients
+from loglinear.ops.projections import input_gradient, products, stack, weight_gradients
 from loglinear.parallel.collectives import all_gather, start_all_reduce, start_reduce_scatter
 from loglinear.parallel.mesh import Axis
 
@@ -52,10 +52,11 @@ class _ColumnProjections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys_bte: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         whole_btd, *weights_ed = ctx.saved_tensors
-        dx_btd = input_gradient(dys_bte, weights_ed)
+        stacks = stack(dys_bte, weights_ed)
+        dx_btd = input_gradient(stacks)
         if ctx.cut is None:
             coming = start_all_reduce(dx_btd, ctx.axis)
         else:
             coming = start_reduce_scatter(dx_btd, ctx.axis, ctx.cut)
-        gradients = weight_gradients(dys_bte, whole_btd, ctx.needs_input_grad[3:])
+        gradients = weight_gradients(stacks, whole_btd, ctx.needs_input_grad[3:])
         return coming.wait(), None, None, *gradients

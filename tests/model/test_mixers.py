@@ -151,7 +151,7 @@ def test_a_block_without_an_mlp_is_its_mixer_beside_a_residual() -> None:
     config = tiny(mlp_dim=0)
     model, x_btd = awake(config), normal(2, 12, config.dim)
     documents, block = Documents.rows(2, 12, 0, CPU), model.blocks[0]
-    mixed_btd, _ = block.mixer(block.mixer_norm(x_btd), documents)
+    mixed_btd, _ = block.mixer(block.mixer_norm(x_btd)[0], documents)
     torch.testing.assert_close(block(x_btd, documents)[0], x_btd + mixed_btd)
     assert not [name for name, _ in model.named_parameters() if "mlp_norm" in name or ".mlp.gate" in name]
     assert block.flops_per_token(12) == block.mixer.flops_per_token(12)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
@@ -60,6 +60,16 @@ def _rms_norm(x, weight):
     return neighbours.rms_norm(x, weight, EPS)
 
 
+def _rms_norm_and_residual(x, weight, addend=None):
+    return neighbours.rms_norm_and_residual(x, addend, weight, EPS)
+
+
+def _two_norms(x, weight):
+    """As in a block, with nothing between them."""
+    normed, x = _rms_norm_and_residual(x, weight)
+    return _rms_norm_and_residual(x, weight, normed)
+
+
 def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
     """Each with fresh random numbers; sizes that fill no block, and on a GPU those of a model."""
     channels, size, levels, hidden = (70, 24, 14, 32) if not on_gpu else (1024, 64, 17, 64)
@@ -86,6 +96,11 @@ def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
     few = (normal(16, 5) / 2, normal(16), normal(5, 16) / 4, normal(5))
     yield "lambda of few levels", Case(neighbours.adaptive_scales, (normal(1, 40, 2, 5), *few))
     yield "RMSNorm", Case(_rms_norm, (normal(2, tokens, channels), normal(channels)))
+    beside = Case(_rms_norm_and_residual, (normal(2, tokens, channels), normal(channels)))
+    yield "RMSNorm and residual", beside
+    yield "RMSNorm of a sum", replace(beside, tensors=(*beside.tensors, normal(2, tokens, channels)))
+    compiled = torch.compile(_two_norms, backend="aot_eager", fullgraph=True)
+    yield "two norms, compiled", replace(beside, form=compiled)
     yield "cross-entropy", _loss(normal(tokens, 37 * channels))
     if on_gpu:  # a library's
         yield "silu product", Case(neighbours.silu_product, (normal(2, tokens, channels), normal(2, tokens, channels)))
@@ -133,7 +148,7 @@ def _inputs_at_once(given: list[torch.Tensor]) -> list[torch.Tensor]:
     triples = zip(given[:3], given[3:6], given[6:9], strict=True)
     q, k, v = (neighbours.causal_conv_silu(*triple, rows, packed=False) for triple in triples)
     raw, *rates = given[9:]
-    g, weighted = neighbours.discretise(raw, *rates, v.unflatten(2, (raw.shape[2], -1)))
+    g, weighted, _ = neighbours.discretise(raw, *rates, v.unflatten(2, (raw.shape[2], -1)))
     return [q, k, v, weighted.flatten(2), g.cumsum(1)]
 
 
@@ -187,12 +202,27 @@ def check_operators() -> None:
         (discretise.discretise, (normal(20, 2), normal(2), normal(2), v)),
         (lambda_mlp.lambda_mlp, (normal(40, 5), *layers)),
         (rms_norm.rms_norm, (normal(20, 9), normal(9), EPS)),
+        (rms_norm.add_rms_norm, (normal(20, 9), normal(20, 9), normal(9), EPS)),
         (cross_entropy.cross_entropy, (normal(20, 9), torch.arange(20) % 10 - 1)),
     ):
         wanting = [
             a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
         ]
         opcheck(operator.definition, wanting, test_utils=OPERATOR_CHECKS)
+
+
+def check_additions() -> None:
+    """What comes along an input that is given on is added by the operation's backward pass; autograd adds nothing."""
+    for form, shapes in (
+        (_rms_norm_and_residual, ((20, 9), (9,))),
+        (_rms_norm_and_residual, ((20, 9), (9,), (20, 9))),
+        (neighbours.discretise, ((1, 20, 2), (2,), (2,), (1, 20, 2, 8))),
+    ):
+        given = [normal(*shape).requires_grad_() for shape in shapes]
+        outputs = form(*given)
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(outputs, given, outputs)
+        assert not [event.key for event in profile.key_averages() if event.key.startswith("aten::add")]
 
 
 if __name__ == "__main__":
@@ -202,5 +232,6 @@ if __name__ == "__main__":
     measured = {name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}
     measured["inputs, token by token"] = token_by_token(torch.float32, "cpu")
     with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):
+        check_additions()
         measured["products of few tokens"] = few_rows(torch.float32, "cpu")
     print(json.dumps(measured))

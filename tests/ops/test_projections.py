@@ -5,14 +5,18 @@ Shapes: b batch, t time, d width that is read, e width that is made.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from loglinear.ops.projections import projections
+from loglinear.ops.projections import NARROW, projections
 
-WIDTHS = (5, 3, 4)
+WIDTHS = (5, NARROW + 44, 3, NARROW + 1, 4)
+ALL = (0, 1, 2, 3, 4)
 
 
 def leaves(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -28,8 +32,8 @@ def loss(outputs: tuple[torch.Tensor, ...], used: tuple[int, ...]) -> torch.Tens
     return sum(((index + 1) * outputs[index]).sin().sum() for index in used)  # pyright: ignore[reportReturnType]
 
 
-@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
-@pytest.mark.parametrize("frozen", [(), (0,), (1, 2), ("x",)])
+@pytest.mark.parametrize("used", [ALL, (1,), (0, 2), (2,), (0, 1, 4)])
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 2, 4), (1, 2), ("x",)])
 def test_outputs_and_every_gradient_are_those_of_separate_layers(used: tuple[int, ...], frozen: tuple) -> None:
     x_btd, weights_ed = leaves()
     for name in frozen:
@@ -51,21 +55,35 @@ def test_outputs_and_every_gradient_are_those_of_separate_layers(used: tuple[int
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_of_the_input_are_summed_by_the_products_themselves() -> None:
-    """Three products and no addition; autograd would add twice."""
-    x_btd, weights_ed = leaves()
-    total = loss(projections(x_btd, weights_ed), (0, 1, 2))
+def profiled(function: Callable[[], object]) -> Counter[str]:
+    """How often torch calls each of its operators."""
     with torch.profiler.profile() as profile:
-        total.backward()
-    counts = {event.key: event.count for event in profile.key_averages()}
-    assert counts["aten::addmm"] == 2
-    assert "aten::add" not in counts
+        function()
+    return Counter({event.key: event.count for event in profile.key_averages()})
+
+
+def test_narrow_layers_are_one_product_and_products_sum_the_gradients_of_the_input() -> None:
+    """Two wide layers and one of all narrow ones: three products and no addition; autograd would add four times."""
+    x_btd, weights_ed = leaves()
+    outputs: list[torch.Tensor] = []
+    forward = profiled(lambda: outputs.extend(projections(x_btd, weights_ed)))
+    assert forward["aten::mm"] == 3
+    backward = profiled(lambda: torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs]))
+    assert backward["aten::addmm"] == 2
+    assert backward["aten::mm"] == 1 + 3  # one for the input, and those of the weights
+    assert backward["aten::add"] == 0
+
+
+def test_weights_are_not_copied_for_fewer_tokens_than_they_have_rows() -> None:
+    x_btd, weights_ed = leaves()
+    assert profiled(lambda: projections(x_btd, weights_ed))["aten::cat"] == 1
+    assert profiled(lambda: projections(x_btd[:, :1], weights_ed))["aten::cat"] == 0
 
 
 def test_torch_counts_its_flops() -> None:
     x_btd, weights_ed = leaves()
     with FlopCounterMode(display=False) as counter:
-        loss(projections(x_btd, weights_ed), (0, 1, 2)).backward()
+        loss(projections(x_btd, weights_ed), ALL).backward()
     assert counter.get_total_flops() == 3 * 2 * x_btd.numel() * sum(WIDTHS)
 
 

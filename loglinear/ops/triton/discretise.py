@@ -55,14 +55,15 @@ def _discretise_backward(
     bias_h: torch.Tensor,
     a_log_h: torch.Tensor,
     v_ihp: torch.Tensor,
+    beside_ihp: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of raw, bias, A_log and v."""
+    """Gradients of raw, bias, A_log and v, to which `beside` is added in fp32 if there is one."""
     tokens, heads, size = v_ihp.shape
     draw_ih, dv_ihp = torch.empty_like(raw_ih), torch.empty_like(v_ihp)
     steps, programs = steps_of_a_program(tokens, BLOCK_I, MOST_PROGRAMS)
     sums_2h = bias_h.new_empty(programs, 2, heads, dtype=torch.float32)
     _backward[(programs, heads)](
-        dg_ih, dweighted_ihp, raw_ih, bias_h, a_log_h, v_ihp, draw_ih, dv_ihp, sums_2h, tokens, steps,
+        dg_ih, dweighted_ihp, raw_ih, bias_h, a_log_h, v_ihp, beside_ihp, draw_ih, dv_ihp, sums_2h, tokens, steps,
         H=heads, P=size, BLOCK_P=triton.next_power_of_2(size), BLOCK_I=BLOCK_I, num_warps=4,
     )  # fmt: skip
     dbias_h, da_log_h = (sums_2h[:, i].sum(0) for i in range(2))
@@ -70,7 +71,7 @@ def _discretise_backward(
 
 
 @_discretise_backward.register_fake
-def _(dg_ih, dweighted_ihp, raw_ih, bias_h, a_log_h, v_ihp):
+def _(dg_ih, dweighted_ihp, raw_ih, bias_h, a_log_h, v_ihp, beside_ihp=None):
     return tuple(torch.empty_like(x) for x in (raw_ih, bias_h, a_log_h, v_ihp))
 
 
@@ -78,8 +79,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, dg_ih, dweighted_ihp):
-    return _discretise_backward(dg_ih.contiguous(), dweighted_ihp.contiguous(), *ctx.saved_tensors)
+def _autograd(ctx, dg_ih, dweighted_ihp, beside_ihp=None):
+    return _discretise_backward(dg_ih.contiguous(), dweighted_ihp.contiguous(), *ctx.saved_tensors, beside_ihp)
 
 
 discretise.register_autograd(_autograd, setup_context=_setup_context)
@@ -104,7 +105,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def _backward(
-    dg_ptr, dweighted_ptr, raw_ptr, bias_ptr, a_log_ptr, v_ptr, draw_ptr, dv_ptr, sums_ptr, tokens, steps,
+    dg_ptr, dweighted_ptr, raw_ptr, bias_ptr, a_log_ptr, v_ptr, beside_ptr, draw_ptr, dv_ptr, sums_ptr, tokens, steps,
     H: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     head, p = tl.program_id(1), tl.arange(0, BLOCK_P)
@@ -120,12 +121,14 @@ def _backward(
         step_i = softplus(raw_i)
         dweighted_ip = tl.load(dweighted_ptr + at_ip, mask=mask, other=0.0).to(tl.float32)
         v_ip = tl.load(v_ptr + at_ip, mask=mask, other=0.0).to(tl.float32)
+        beside_ip = 0.0 if beside_ptr is None else tl.load(beside_ptr + at_ip, mask=mask, other=0.0)
         dg_i = decay_rate * tl.load(dg_ptr + at_i, mask=i < tokens, other=0.0)
         draw_i = (tl.sum(dweighted_ip * v_ip, 1) - dg_i) * tl.sigmoid(raw_i)
         dbias_i += draw_i
         da_log_i -= dg_i * step_i
         tl.store(draw_ptr + at_i, draw_i.to(draw_ptr.dtype.element_ty), mask=i < tokens)
-        tl.store(dv_ptr + at_ip, (dweighted_ip * step_i[:, None]).to(dv_ptr.dtype.element_ty), mask=mask)
+        dv_ip = dweighted_ip * step_i[:, None] + beside_ip
+        tl.store(dv_ptr + at_ip, dv_ip.to(dv_ptr.dtype.element_ty), mask=mask)
     of_program = tl.program_id(0) * 2 * H + head
     tl.store(sums_ptr + of_program, tl.sum(dbias_i, 0))
     tl.store(sums_ptr + of_program + H, tl.sum(da_log_i, 0))

@@ -41,6 +41,15 @@ class Operator:
             return self._function(*args)
         return _Eager.apply(self, *args)
 
+    def and_input(self, index: int, *args: Any) -> tuple[Any, ...]:
+        """What a call gives and, last, the input at `index` again, for whatever else reads it.
+
+        The gradient from there is the last that the backward function gets, which adds it to the input's own: so it
+        costs one read, where autograd would add the two in a pass over memory of its own. Not a part of the custom
+        operator, which may not return what it was given.
+        """
+        return _AndInput.apply(self, index, *args)  # pyright: ignore[reportReturnType]
+
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Make a function with annotated arguments an `Operator` called `name`."""
@@ -60,3 +69,18 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         result = ctx.operator._backward(ctx, *gradients)
         return None, *(result if isinstance(result, tuple) else (result,))
+
+
+class _AndInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, index: int, *args: Any) -> tuple[Any, ...]:
+        output = operator(*args)
+        ctx.operator = operator
+        assert operator._setup_context is not None
+        operator._setup_context(ctx, args, output)
+        return *(output if isinstance(output, tuple) else (output,)), args[index]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        *own, beside = gradients
+        return None, None, *ctx.operator._backward(ctx, *own, beside.contiguous())
