@@ -130,13 +130,10 @@ def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(x_btd: torch.Tensor, *weights_ed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return products(x_btd, weights_ed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(ctx: Any, x_btd: torch.Tensor, *weights_ed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x_btd, *weights_ed)
         ctx.set_materialize_grads(False)
+        return products(x_btd, weights_ed)
 
     @staticmethod
     @once_differentiable

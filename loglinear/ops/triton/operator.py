@@ -48,6 +48,8 @@ class Operator:
         costs one read, where autograd would add the two in a pass over memory of its own. Not a part of the custom
         operator, which may not return what it was given.
         """
+        if torch.compiler.is_compiling():
+            return *_as_tuple(self(*args)), args[index]
         return _AndInput.apply(self, index, *args)  # pyright: ignore[reportReturnType]
 
 
@@ -68,7 +70,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         result = ctx.operator._backward(ctx, *gradients)
-        return None, *(result if isinstance(result, tuple) else (result,))
+        return None, *_as_tuple(result)
 
 
 class _AndInput(torch.autograd.Function):
@@ -78,9 +80,13 @@ class _AndInput(torch.autograd.Function):
         ctx.operator = operator
         assert operator._setup_context is not None
         operator._setup_context(ctx, args, output)
-        return *(output if isinstance(output, tuple) else (output,)), args[index]
+        return *_as_tuple(output), args[index]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         *own, beside = gradients
         return None, None, *ctx.operator._backward(ctx, *own, beside.contiguous())
+
+
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
