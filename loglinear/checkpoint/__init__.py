@@ -2,11 +2,12 @@
 
 from loglinear.checkpoint.store import CheckpointStore, Snapshot, read_latest
 from loglinear.checkpoint.weights import export_weights, load_exported, load_weights
-from loglinear.checkpoint.zero import grad_norm, require_moments
+from loglinear.checkpoint.zero import check_gradients_by_norm_alone, grad_norm, require_moments
 
 __all__ = [
     "CheckpointStore",
     "Snapshot",
+    "check_gradients_by_norm_alone",
     "export_weights",
     "grad_norm",
     "load_exported",

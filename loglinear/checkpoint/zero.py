@@ -59,6 +59,16 @@ def grad_norm(engine: Any) -> float:
     return float(engine.optimizer._global_grad_norm)
 
 
+def check_gradients_by_norm_alone(engine: Any) -> None:
+    """Let stages 1 and 2 find gradients that are not finite in their norm, as they do in fp32.
+
+    In bf16 they would also look at each gradient by itself, five kernels a parameter before anything else of the update
+    is launched: 88 of the 573 ms of a step of 356M parameters, measured on an H200.
+    """
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer.check_overflow = lambda partition_gradients: None
+
+
 def optimizer_step(engine: Any) -> int:
     """How many updates AdamW has made, for its bias correction."""
     require_moments(engine)

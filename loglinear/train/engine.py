@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.batch import IGNORED, Batch
-from loglinear.checkpoint import grad_norm, require_moments
+from loglinear.checkpoint import check_gradients_by_norm_alone, grad_norm, require_moments
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.model.block import MIXERS
@@ -82,6 +82,7 @@ class Engine:
             mpu=ModelParallelUnit(mesh),
             config=_deepspeed_config(config, mesh.data.size),
         )[0]
+        check_gradients_by_norm_alone(self.deepspeed)
 
     @property
     def model(self) -> LanguageModel:

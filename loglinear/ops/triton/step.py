@@ -15,8 +15,9 @@ import triton.language as tl
 from loglinear.ops.state import StateInPlace
 from loglinear.ops.triton.operator import operator
 
-MOST_VALUES = 8  # of a head in a program: more programs than heads, since a batch may be one sequence
-BLOCK_K, WARPS = 4, 4  # buckets that are read at once
+# Values of a head in a program: few, so that there are more programs than heads, unless there are heads enough.
+FEW_VALUES, MANY_VALUES, MANY_HEADS = 8, 32, 256
+LOADED = 32  # of each row of several buckets at once
 
 
 @operator("loglinear::step")
@@ -84,14 +85,15 @@ def _launch(
 ) -> torch.Tensor:
     sequences, heads, buckets, size, values = buckets_shknp.shape
     o_shp = torch.empty_like(v_shp)
-    block_p = min(MOST_VALUES, triton.next_power_of_2(values))
+    most = FEW_VALUES if sequences * heads < MANY_HEADS else MANY_VALUES
+    block_p = min(most, triton.next_power_of_2(values))
     blocks = triton.cdiv(values, block_p)
     _step[(sequences * heads * blocks,)](
         buckets_shknp, positions_s, decay_sh, sums_shk, q_sgn, k_sgn, v_shp, scales_shl, o_shp, out_shknp, scale,
         buckets, out_shknp.shape[2], 0 if scales_shl is None else scales_shl.shape[2],
         H=heads, R=heads // q_sgn.shape[1], N=size, BLOCK_N=triton.next_power_of_2(size),
         P=values, BLOCK_P=block_p, BLOCKS=blocks,
-        SCALED=scales_shl is not None, IN_PLACE=sums_shk is not None, BLOCK_K=BLOCK_K, num_warps=WARPS,
+        SCALED=scales_shl is not None, IN_PLACE=sums_shk is not None, BLOCK_K=LOADED // block_p, num_warps=4,
     )  # fmt: skip
     return o_shp
 
