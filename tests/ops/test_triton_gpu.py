@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.ops import LogLinearState, chunk_log_linear_attention, log_linear_attention, num_levels
+from loglinear.ops.triton import step
 from loglinear.ops.triton.config import STATE_SIZES, VALUE_SIZES
 from tests.ops import neighbour_cases
 from tests.ops.op_cases import Inputs, Sizes, boundaries, random_inputs, random_state
-from tests.ops.triton_cases import errors, run, step_errors
+from tests.ops.triton_cases import STEPS, errors, run, step_errors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -175,8 +176,9 @@ def test_memory_stays_a_small_multiple_of_the_inputs() -> None:
     assert torch.cuda.max_memory_allocated() - others < 2.4e9
 
 
-@pytest.mark.parametrize("levels", [10, None])
-def test_decoding_steps(levels: int | None) -> None:
+@pytest.mark.parametrize(("levels", "many_heads"), STEPS.values())
+def test_decoding_steps(levels: int | None, many_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "MANY_HEADS", many_heads)
     measured = step_errors("cuda", replace(SIZES, groups=2, levels=levels))
     assert {name: error for name, error in measured.items() if not error < 1e-6} == {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch.library import opcheck
@@ -21,7 +22,7 @@ from loglinear.ops import (
     recurrent_step,
     recurrent_step_in_place,
 )
-from loglinear.ops.triton import op, tables, triton_log_linear_attention
+from loglinear.ops.triton import op, step, tables, triton_log_linear_attention
 from tests.ops.op_cases import (
     Inputs,
     Result,
@@ -63,7 +64,12 @@ CASES: dict[str, Callable[[], Inputs]] = {
 }
 
 
-STEPS = {"decoding steps": 10, "decoding steps without level scales": None}  # levels
+FEW, MANY = 1000, 1  # heads from which on tiles are wide
+STEPS = {  # levels, and such a number
+    "decoding steps": (10, FEW),
+    "decoding steps without level scales": (None, FEW),
+    "decoding steps of many heads": (10, MANY),
+}
 
 
 def _weigh(x: torch.Tensor, seed: int) -> torch.Tensor:
@@ -148,5 +154,7 @@ if __name__ == "__main__":
     check_operator()
     measured = {name: errors(case().fresh(torch.float32)) for name, case in CASES.items()}
     odd = Sizes(groups=2, heads=4, state_dim=24, head_dim=40)
-    measured |= {name: step_errors("cpu", replace(odd, levels=levels)) for name, levels in STEPS.items()}
+    for name, (levels, many_heads) in STEPS.items():
+        with patch.object(step, "MANY_HEADS", many_heads):
+            measured[name] = step_errors("cpu", replace(odd, levels=levels))
     print(json.dumps(measured))
