@@ -7,8 +7,10 @@ turns the interpreter on must be set before Triton is imported, so tests start i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -16,6 +18,7 @@ from torch.library import opcheck
 
 from loglinear.ops import neighbours
 from loglinear.ops.triton import convolution, cross_entropy, discretise, gated_norm, lambda_mlp, rms_norm
+from loglinear.ops.triton.operator import Operator
 from tests.ops.op_cases import relative_error
 from tests.ops.triton_cases import OPERATOR_CHECKS
 
@@ -191,8 +194,8 @@ def _outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Ten
     return result if isinstance(result, tuple) else (result,)
 
 
-def check_operators() -> None:
-    """Schema, fake implementation and autograd of each custom operator agree with what it does."""
+def _operator_calls() -> Iterator[tuple[Operator, list[Any]]]:
+    """Each custom operator, and arguments that want gradients."""
     x, weight, bias, positions = normal(1, 20, 8), normal(2, 8), normal(8), torch.arange(20)[None]
     o, v, z = (normal(20, 2, 8) for _ in range(3))
     layers = (normal(16, 5), normal(16), normal(5, 16), normal(5))
@@ -205,10 +208,38 @@ def check_operators() -> None:
         (rms_norm.add_rms_norm, (normal(20, 9), normal(20, 9), normal(9), EPS)),
         (cross_entropy.cross_entropy, (normal(20, 9), torch.arange(20) % 10 - 1)),
     ):
-        wanting = [
-            a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
-        ]
-        opcheck(operator.definition, wanting, test_utils=OPERATOR_CHECKS)
+        yield (
+            operator,
+            [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments],
+        )
+
+
+def check_operators() -> None:
+    """Schema, fake implementation and autograd of each custom operator agree with what it does."""
+    for operator, arguments in _operator_calls():
+        opcheck(operator.definition, arguments, test_utils=OPERATOR_CHECKS)
+
+
+def check_sums() -> None:
+    """One reduction and one cast make the gradients of all weights of a kernel, however many they are."""
+    for operator, arguments in _operator_calls():
+        if operator is cross_entropy.cross_entropy:
+            continue  # it has no weights
+        given = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+        assert _backward_counts(operator(*arguments), given)["aten::sum"] == 1
+    layers = (normal(16, 5), normal(16), normal(5, 16), normal(5))
+    for halves in range(5):  # the other layers remain fp32
+        weights = [w.bfloat16() if n < halves else w for n, w in enumerate(layers)]
+        given = [x.detach().requires_grad_() for x in (normal(40, 5), *weights)]
+        counts = _backward_counts(lambda_mlp.lambda_mlp(*given), given)
+        assert (counts["aten::sum"], counts["aten::_to_copy"]) == (1, halves > 0)
+
+
+def _backward_counts(outputs: torch.Tensor | tuple[torch.Tensor, ...], given: list[torch.Tensor]) -> Counter[str]:
+    """How often a backward pass calls each operator of torch."""
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(outputs, given, outputs)
+    return Counter({event.key: event.count for event in profile.key_averages()})
 
 
 def check_additions() -> None:
@@ -219,16 +250,14 @@ def check_additions() -> None:
         (neighbours.discretise, ((1, 20, 2), (2,), (2,), (1, 20, 2, 8))),
     ):
         given = [normal(*shape).requires_grad_() for shape in shapes]
-        outputs = form(*given)
-        with torch.profiler.profile() as profile:
-            torch.autograd.grad(outputs, given, outputs)
-        assert not [event.key for event in profile.key_averages() if event.key.startswith("aten::add")]
+        assert not [key for key in _backward_counts(form(*given), given) if key.startswith("aten::add")]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     check_operators()
+    check_sums()
     measured = {name: errors(case, torch.float32, "cpu") for name, case in cases(on_gpu=False)}
     measured["inputs, token by token"] = token_by_token(torch.float32, "cpu")
     with patch.object(neighbours, "_has_kernels", lambda x: x.dtype != torch.float64):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from loglinear.ops.triton.operator import operator
-from loglinear.ops.triton.partial_sums import steps_of_a_program
+from loglinear.ops.triton.partial_sums import empty_sums, gradients, steps_of_a_program
 
 BLOCK_I, BLOCK_C = 16, 64
 MOST_PROGRAMS = 256  # for each block of channels
@@ -52,27 +52,28 @@ def _causal_conv_silu_backward(
     weight_wc: torch.Tensor,
     bias_c: torch.Tensor,
     positions_bt: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and, as `empty_sums` lays them out, of weight and bias."""
     dsum_btc, dx_btc = (torch.empty_like(x_btc) for _ in range(2))
     batch, time, channels = x_btc.shape
     tokens, blocks = batch * time, triton.cdiv(channels, BLOCK_C)
     steps, programs = steps_of_a_program(tokens, BLOCK_I, MOST_PROGRAMS)
-    sums_wc = bias_c.new_empty(programs, len(weight_wc) + 1, channels, dtype=torch.float32)
+    sums = empty_sums((weight_wc, bias_c), programs)
     where = (tokens, time, *positions_bt.stride(), channels)
     taps = {"W": len(weight_wc), "BLOCK_I": BLOCK_I, "BLOCK_C": BLOCK_C}
     _before_silu[(programs, blocks)](
-        dy_btc, x_btc, weight_wc, bias_c, positions_bt, dsum_btc, sums_wc, *where, steps, **taps, num_warps=8
+        dy_btc, x_btc, weight_wc, bias_c, positions_bt, dsum_btc, sums, sums.stride(0), *where, steps,
+        **taps, num_warps=8,
     )  # fmt: skip
     _to_inputs[(triton.cdiv(tokens, BLOCK_I), blocks)](
         dsum_btc, weight_wc, positions_bt, dx_btc, *where, **taps, num_warps=4
     )
-    return dx_btc, sums_wc[:, 1:].sum(0).to(weight_wc.dtype), sums_wc[:, 0].sum(0).to(bias_c.dtype)
+    return dx_btc, sums.sum(0)
 
 
 @_causal_conv_silu_backward.register_fake
 def _(dy_btc, x_btc, weight_wc, bias_c, positions_bt):
-    return torch.empty_like(x_btc), torch.empty_like(weight_wc), torch.empty_like(bias_c)
+    return torch.empty_like(x_btc), empty_sums((weight_wc, bias_c))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -80,7 +81,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dy_btc):
-    return *_causal_conv_silu_backward(dy_btc.contiguous(), *ctx.saved_tensors), None
+    dx_btc, sums = _causal_conv_silu_backward(dy_btc.contiguous(), *ctx.saved_tensors)
+    return dx_btc, *gradients(sums, ctx.saved_tensors[1:3]), None
 
 
 causal_conv_silu.register_autograd(_autograd, setup_context=_setup_context)
@@ -123,7 +125,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens", "T", "steps"])
 def _before_silu(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, positions_ptr, dsum_ptr, sums_ptr,
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, positions_ptr, dsum_ptr, sums_ptr, STRIDE_SUMS,
     tokens, T, STRIDE_B, STRIDE_T, C, steps,
     W: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -149,9 +151,10 @@ def _before_silu(
             x_ic = tl.load(x_ptr + at_ic - back * C, mask=seen_ic, other=0.0).to(tl.float32)
             added = added + (sums[back + 1] + dsum_ic * x_ic,)  # noqa: RUF005
         sums = added
-    sums_ptr += tl.program_id(0).to(tl.int64) * (W + 1) * C + c
-    for number in tl.static_range(W + 1):
-        tl.store(sums_ptr + number * C, tl.sum(sums[number], 0), mask=c < C)
+    sums_ptr += tl.program_id(0).to(tl.int64) * STRIDE_SUMS + c
+    for back in tl.static_range(W):
+        tl.store(sums_ptr + back * C, tl.sum(sums[back + 1], 0), mask=c < C)
+    tl.store(sums_ptr + W * C, tl.sum(sums[0], 0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["tokens", "T"])

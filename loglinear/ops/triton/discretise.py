@@ -14,7 +14,7 @@ import triton.language as tl
 
 from loglinear.ops.triton.common import softplus
 from loglinear.ops.triton.operator import operator
-from loglinear.ops.triton.partial_sums import steps_of_a_program
+from loglinear.ops.triton.partial_sums import empty_sums, gradients, steps_of_a_program
 
 BLOCK_I = 16
 MOST_PROGRAMS = 256  # for each head
@@ -56,23 +56,23 @@ def _discretise_backward(
     a_log_h: torch.Tensor,
     v_ihp: torch.Tensor,
     beside_ihp: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of raw, bias, A_log and v, to which `beside` is added in fp32 if there is one."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of raw, of v, to which `beside` is added in fp32 if there is one, and the sums for bias and A_log."""
     tokens, heads, size = v_ihp.shape
     draw_ih, dv_ihp = torch.empty_like(raw_ih), torch.empty_like(v_ihp)
     steps, programs = steps_of_a_program(tokens, BLOCK_I, MOST_PROGRAMS)
-    sums_2h = bias_h.new_empty(programs, 2, heads, dtype=torch.float32)
+    sums = empty_sums((bias_h, a_log_h), programs)
     _backward[(programs, heads)](
-        dg_ih, dweighted_ihp, raw_ih, bias_h, a_log_h, v_ihp, beside_ihp, draw_ih, dv_ihp, sums_2h, tokens, steps,
+        dg_ih, dweighted_ihp, raw_ih, bias_h, a_log_h, v_ihp, beside_ihp, draw_ih, dv_ihp, sums, sums.stride(0),
+        tokens, steps,
         H=heads, P=size, BLOCK_P=triton.next_power_of_2(size), BLOCK_I=BLOCK_I, num_warps=4,
     )  # fmt: skip
-    dbias_h, da_log_h = (sums_2h[:, i].sum(0) for i in range(2))
-    return draw_ih, dbias_h.to(bias_h.dtype), da_log_h.to(a_log_h.dtype), dv_ihp
+    return draw_ih, dv_ihp, sums.sum(0)
 
 
 @_discretise_backward.register_fake
 def _(dg_ih, dweighted_ihp, raw_ih, bias_h, a_log_h, v_ihp, beside_ihp=None):
-    return tuple(torch.empty_like(x) for x in (raw_ih, bias_h, a_log_h, v_ihp))
+    return torch.empty_like(raw_ih), torch.empty_like(v_ihp), empty_sums((bias_h, a_log_h))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -80,7 +80,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dg_ih, dweighted_ihp, beside_ihp=None):
-    return _discretise_backward(dg_ih.contiguous(), dweighted_ihp.contiguous(), *ctx.saved_tensors, beside_ihp)
+    saved = ctx.saved_tensors
+    draw_ih, dv_ihp, sums = _discretise_backward(dg_ih.contiguous(), dweighted_ihp.contiguous(), *saved, beside_ihp)
+    return draw_ih, *gradients(sums, saved[1:3]), dv_ihp
 
 
 discretise.register_autograd(_autograd, setup_context=_setup_context)
@@ -105,7 +107,8 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def _backward(
-    dg_ptr, dweighted_ptr, raw_ptr, bias_ptr, a_log_ptr, v_ptr, beside_ptr, draw_ptr, dv_ptr, sums_ptr, tokens, steps,
+    dg_ptr, dweighted_ptr, raw_ptr, bias_ptr, a_log_ptr, v_ptr, beside_ptr, draw_ptr, dv_ptr, sums_ptr, STRIDE_SUMS,
+    tokens, steps,
     H: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     head, p = tl.program_id(1), tl.arange(0, BLOCK_P)
@@ -129,6 +132,6 @@ def _backward(
         tl.store(draw_ptr + at_i, draw_i.to(draw_ptr.dtype.element_ty), mask=i < tokens)
         dv_ip = dweighted_ip * step_i[:, None] + beside_ip
         tl.store(dv_ptr + at_ip, dv_ip.to(dv_ptr.dtype.element_ty), mask=mask)
-    of_program = tl.program_id(0) * 2 * H + head
-    tl.store(sums_ptr + of_program, tl.sum(dbias_i, 0))
-    tl.store(sums_ptr + of_program + H, tl.sum(da_log_i, 0))
+    sums_ptr += tl.program_id(0) * STRIDE_SUMS + head
+    tl.store(sums_ptr, tl.sum(dbias_i, 0))
+    tl.store(sums_ptr + H, tl.sum(da_log_i, 0))

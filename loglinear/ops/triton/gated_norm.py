@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from loglinear.ops.triton.operator import operator
-from loglinear.ops.triton.partial_sums import steps_of_a_program
+from loglinear.ops.triton.partial_sums import empty_sums, gradients, steps_of_a_program
 
 BLOCK_I = 16
 MOST_PROGRAMS = 256  # for each head
@@ -59,25 +59,24 @@ def _skip_gate_norm_backward(
     skip_h: torch.Tensor,
     weight_p: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of o, v, z, skip and weight."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of o, v and z and, as `empty_sums` lays them out, of skip and weight."""
     do_ihp, dv_ihp, dz_ihp = (torch.empty_like(o_ihp) for _ in range(3))
     tokens, heads, size = o_ihp.shape
     steps, programs = steps_of_a_program(tokens, BLOCK_I, MOST_PROGRAMS)
-    dskip_h = skip_h.new_empty(programs, heads, dtype=torch.float32)
-    dweight_hp = skip_h.new_empty(programs, heads, size, dtype=torch.float32)
+    sums = empty_sums((skip_h, weight_p), programs * heads)
     _backward[(programs, heads)](
-        dy_ihp, o_ihp, v_ihp, z_ihp, skip_h, weight_p, do_ihp, dv_ihp, dz_ihp, dskip_h, dweight_hp,
+        dy_ihp, o_ihp, v_ihp, z_ihp, skip_h, weight_p, do_ihp, dv_ihp, dz_ihp, sums, sums.stride(0),
         tokens, steps, eps,
-        H=heads, P=size, BLOCK_P=triton.next_power_of_2(size), BLOCK_I=BLOCK_I, num_warps=4,
+        H=heads, P=size, BLOCK_H=triton.next_power_of_2(heads), BLOCK_P=triton.next_power_of_2(size), BLOCK_I=BLOCK_I,
+        num_warps=4,
     )  # fmt: skip
-    dweight_p = dweight_hp.flatten(0, 1).sum(0)
-    return do_ihp, dv_ihp, dz_ihp, dskip_h.sum(0).to(skip_h.dtype), dweight_p.to(weight_p.dtype)
+    return do_ihp, dv_ihp, dz_ihp, sums.sum(0)
 
 
 @_skip_gate_norm_backward.register_fake
 def _(dy_ihp, o_ihp, v_ihp, z_ihp, skip_h, weight_p, eps):
-    return *(torch.empty_like(o_ihp) for _ in range(3)), torch.empty_like(skip_h), torch.empty_like(weight_p)
+    return *(torch.empty_like(o_ihp) for _ in range(3)), empty_sums((skip_h, weight_p))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -86,7 +85,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dy_ihp):
-    return *_skip_gate_norm_backward(dy_ihp.contiguous(), *ctx.saved_tensors, ctx.eps), None
+    *of_tokens, sums = _skip_gate_norm_backward(dy_ihp.contiguous(), *ctx.saved_tensors, ctx.eps)
+    return *of_tokens, *gradients(sums, ctx.saved_tensors[3:]), None
 
 
 skip_gate_norm.register_autograd(_autograd, setup_context=_setup_context)
@@ -121,9 +121,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def _backward(
-    dy_ptr, o_ptr, v_ptr, z_ptr, skip_ptr, weight_ptr, do_ptr, dv_ptr, dz_ptr, dskip_ptr, dweight_ptr,
+    dy_ptr, o_ptr, v_ptr, z_ptr, skip_ptr, weight_ptr, do_ptr, dv_ptr, dz_ptr, sums_ptr, STRIDE_SUMS,
     tokens, steps, eps,
-    H: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     head, p = tl.program_id(1), tl.arange(0, BLOCK_P)
     skip = tl.load(skip_ptr + head).to(tl.float32)
@@ -148,6 +148,7 @@ def _backward(
         tl.store(do_ptr + at, dsum_ip.to(dtype), mask=mask)
         tl.store(dv_ptr + at, (skip * dsum_ip).to(dtype), mask=mask)
         tl.store(dz_ptr + at, dz_ip.to(dtype), mask=mask)
-    of_program = tl.program_id(0) * H + head
-    tl.store(dskip_ptr + of_program, tl.sum(dskip_i, 0))
-    tl.store(dweight_ptr + of_program * P + p, dweight_p, mask=p < P)
+    h = tl.arange(0, BLOCK_H)
+    sums_ptr += (tl.program_id(0) * H + head) * STRIDE_SUMS
+    tl.store(sums_ptr + h, tl.where(h == head, tl.sum(dskip_i, 0), 0.0), mask=h < H)  # zero for the other heads' skips
+    tl.store(sums_ptr + H + p, dweight_p, mask=p < P)

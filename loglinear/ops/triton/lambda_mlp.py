@@ -19,7 +19,7 @@ import triton.language as tl
 
 from loglinear.ops.triton.common import softplus
 from loglinear.ops.triton.operator import operator
-from loglinear.ops.triton.partial_sums import steps_of_a_program
+from loglinear.ops.triton.partial_sums import empty_sums, gradients, steps_of_a_program
 
 BLOCK_I = 32  # with two warps: small products, many programs
 MOST_PROGRAMS = 1536  # a dozen a multiprocessor of a large GPU
@@ -80,22 +80,21 @@ def _lambda_mlp_backward(
     bias1_m: torch.Tensor,
     weight2_lm: torch.Tensor,
     bias2_l: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the logits, and of both layers' weights and biases."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the logits and, as `empty_sums` lays them out, of both layers' weights and biases."""
     dlogits_il = torch.empty_like(logits_il)
     rows, weights = len(logits_il), (weight1_ml, bias1_m, weight2_lm, bias2_l)
     steps, programs = steps_of_a_program(rows, BLOCK_I, MOST_PROGRAMS)
-    parts = [bias1_m.new_empty(programs, *weight.shape, dtype=torch.float32) for weight in weights]
+    sums = empty_sums(weights, programs)
     _backward[(programs,)](
-        dscales_il, logits_il, *weights, dlogits_il, *parts, rows, steps, **_constants(logits_il, bias1_m)
+        dscales_il, logits_il, *weights, dlogits_il, sums, sums.stride(0), rows, steps, **_constants(logits_il, bias1_m)
     )
-    sums = [part.sum(0).to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
-    return dlogits_il, sums[0], sums[1], sums[2], sums[3]
+    return dlogits_il, sums.sum(0)
 
 
 @_lambda_mlp_backward.register_fake
-def _(dscales_il, logits_il, weight1_ml, bias1_m, weight2_lm, bias2_l):
-    return tuple(torch.empty_like(x) for x in (logits_il, weight1_ml, bias1_m, weight2_lm, bias2_l))
+def _(dscales_il, logits_il, *weights):
+    return torch.empty_like(logits_il), empty_sums(weights)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -103,7 +102,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dscales_il):
-    return _lambda_mlp_backward(dscales_il.contiguous(), *ctx.saved_tensors)
+    logits_il, *weights = ctx.saved_tensors
+    dlogits_il, sums = _lambda_mlp_backward(dscales_il.contiguous(), logits_il, *weights)
+    return dlogits_il, *gradients(sums, weights)
 
 
 lambda_mlp.register_autograd(_autograd, setup_context=_setup_context)
@@ -154,7 +155,7 @@ def _forward(
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _backward(
     dscales_ptr, logits_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr,
-    dlogits_ptr, dweight1_ptr, dbias1_ptr, dweight2_ptr, dbias2_ptr, rows, steps,
+    dlogits_ptr, sums_ptr, STRIDE_SUMS, rows, steps,
     L: tl.constexpr, M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     weight1_lm, bias1_m, weight2_ml, bias2_l = _load_weights(
@@ -185,9 +186,9 @@ def _backward(
         dweight1_ml = tl.dot(tl.trans(dx_im), logits_il, dweight1_ml, input_precision=PRECISION)
         dlogits_il = tl.dot(dx_im, tl.trans(weight1_lm), input_precision=PRECISION)
         tl.store(dlogits_ptr + at_il, dlogits_il.to(dtype), mask=exists_il)
-    program = tl.program_id(0)
     exists_ml = (m >= 0)[:, None] & (level < L)[None, :]
-    tl.store(dweight1_ptr + program * M * L + m[:, None] * L + level[None, :], dweight1_ml, mask=exists_ml)
-    tl.store(dweight2_ptr + program * M * L + level[None, :] * M + m[:, None], dweight2_ml, mask=exists_ml)
-    tl.store(dbias1_ptr + program * M + m, dbias1_m)
-    tl.store(dbias2_ptr + program * L + level, dbias2_l, mask=level < L)
+    sums_ptr += tl.program_id(0) * STRIDE_SUMS
+    tl.store(sums_ptr + m[:, None] * L + level[None, :], dweight1_ml, mask=exists_ml)
+    tl.store(sums_ptr + M * L + m, dbias1_m)
+    tl.store(sums_ptr + M * L + M + level[None, :] * M + m[:, None], dweight2_ml, mask=exists_ml)
+    tl.store(sums_ptr + 2 * M * L + M + level, dbias2_l, mask=level < L)
