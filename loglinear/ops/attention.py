@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from loglinear.ops.chunk import chunk_log_linear_attention
+from loglinear.ops.device import has_kernels
 from loglinear.ops.state import LogLinearState
 
 
@@ -66,7 +67,7 @@ def log_linear_attention(
 
 def _form(q_btgn: torch.Tensor, v_bthp: torch.Tensor) -> Callable[..., tuple[torch.Tensor, LogLinearState | None]]:
     """The kernels where they run, else the form in PyTorch; Triton is imported only where there is a GPU."""
-    if v_bthp.is_cuda:
+    if has_kernels(v_bthp):
         from loglinear.ops.triton import supports, triton_log_linear_attention
 
         if supports(q_btgn, v_bthp):

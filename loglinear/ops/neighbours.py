@@ -9,11 +9,13 @@ own first, i token of all rows, v vocabulary.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from loglinear.ops.checks import at_least_fp32
+from loglinear.ops.device import has_kernels
 
 
 def causal_conv_silu(
@@ -166,6 +168,8 @@ def rms_norm_and_residual(
 
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [..., D] each. Source: arXiv 2002.05202."""
+    if gate.is_meta and _has_kernels(gate):
+        return _SiluProductWithoutData.apply(gate, up)
     if _has_kernels(gate):
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
@@ -260,9 +264,18 @@ def cross_entropy(logits_iv: torch.Tensor, labels_i: torch.Tensor) -> torch.Tens
     return F.cross_entropy(at_least_fp32(logits_iv), labels_i, reduction="sum")
 
 
+class _SiluProductWithoutData(torch.autograd.Function):
+    """What liger-kernel's function keeps, on the meta device, where it cannot run."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+
 def _has_kernels(x: torch.Tensor) -> bool:
     """Whether Triton runs there, in that dtype."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return has_kernels(x) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _kernels_for_few_rows(x: torch.Tensor) -> ModuleType | None:

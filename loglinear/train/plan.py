@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.model.layers import Documents
+from loglinear.ops.device import kernels_on_meta
 from loglinear.ops.peak import TRAINING_FLOPS
 from loglinear.parallel.collectives import count_traffic
 from loglinear.parallel.cut import cut_documents
@@ -35,7 +36,7 @@ class Plan:
         flops_per_token: forward and backward, averaged over a document of the training length.
         tokens_per_step: of the global batch.
         micro_batches: of each rank in a step.
-        memory: by kind; activations are the most that autograd holds for one micro-batch.
+        memory: by kind; activations are the most that autograd holds for one micro-batch, with the kernels of a GPU.
         traffic: bytes that each rank gives to the network in a step, by the axis of the mesh.
     """
 
@@ -157,7 +158,8 @@ def _saved_bytes(forward: Callable[[], Any], apart: Iterable[torch.Tensor]) -> i
             sizes[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _FlashAttention():
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, _FlashAttention(), kernels_on_meta():
         kept.append(forward())
     return sum(sizes.values())
 

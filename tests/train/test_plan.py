@@ -2,98 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from loglinear.config import Config, MixerName
+from loglinear.config import Config
 from loglinear.errors import UserError
-from loglinear.model import LanguageModel
 from loglinear.train.plan import Plan, make_plan, print_plan
-
-PATTERNS: dict[str, tuple[MixerName, ...]] = {
-    "log_linear": ("log_linear",),
-    "softmax": ("softmax",),
-    "hybrid": ("log_linear", "softmax"),
-}
+from tests.ops.test_triton_interpreted import interpreted
+from tests.train.plan_cases import CASES, PATTERNS, config_of, measured
 
 
-def config_of(pattern: tuple[MixerName, ...], **train: Any) -> Config:
-    """Three layers, four chunks a sequence, dimensions that are all different."""
-    return Config.model_validate(
-        {
-            "model": {
-                "vocab_size": 70,
-                "seq_len": 256,
-                "dim": 48,
-                "layers": 3,
-                "mlp_dim": 56,
-                "pattern": pattern,
-                "log_linear": {"heads": 4, "head_dim": 16, "groups": 2, "state_dim": 24},
-                "softmax": {"heads": 3, "head_dim": 32},
-            },
-            "train": {"global_batch": 12, "micro_batch": 3, **train},
-        }
-    )
+@pytest.fixture(scope="module")
+def held() -> Any:
+    return interpreted("tests.train.plan_cases")
 
 
-class Ledger:
-    """The bytes of all storages that autograd holds: now, and the most at any time."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.not_counted = {parameter.data_ptr() for parameter in model.parameters()}
-        self.holders: Counter[int] = Counter()
-        self.now = self.most = 0
-
-    def change(self, tensor: torch.Tensor, by: int) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self.not_counted:
-            return
-        before = self.holders[storage.data_ptr()]
-        self.holders[storage.data_ptr()] += by
-        self.now += storage.nbytes() * ((before + by > 0) - (before > 0))
-        self.most = max(self.most, self.now)
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_what_autograd_holds_with_the_kernels(case: str, held: dict[str, list[int]]) -> None:
+    planned, really = held[case]
+    assert planned == pytest.approx(really, rel=0.01)
 
 
-@dataclass
-class Held:
-    """A tensor in autograd's hands, which leaves the ledger as soon as they let go of it."""
-
-    tensor: torch.Tensor
-    ledger: Ledger
-
-    def __post_init__(self) -> None:
-        self.ledger.change(self.tensor, 1)
-
-    def __del__(self) -> None:
-        self.ledger.change(self.tensor, -1)
-
-
-def measured(config: Config) -> int:
-    """The most that autograd holds in a forward and backward pass of one micro-batch on the CPU, in bytes."""
-    torch.manual_seed(0)
-    model = LanguageModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
-    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision])
-    tokens_bt = torch.randint(config.model.vocab_size, (config.train.micro_batch, config.model.seq_len))
-    ledger = Ledger(model)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Held(tensor, ledger), lambda held: held.tensor):
-        model(tokens_bt, tokens_bt).backward()
-    assert ledger.now == 0
-    return ledger.most
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["keeping", "recomputing"])
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_activations_are_what_autograd_holds(
-    pattern: tuple[MixerName, ...], checkpointing: bool, precision: str
-) -> None:
-    config = config_of(pattern, activation_checkpointing=checkpointing, precision=precision)
-    assert make_plan(config, 1).memory["activations"] == pytest.approx(measured(config), rel=0.01)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_what_autograd_holds_on_a_gpu(case: str) -> None:
+    config = CASES[case]
+    assert make_plan(config, 1).memory["activations"] == pytest.approx(measured(config, "cuda"), rel=0.02)
 
 
 @pytest.mark.parametrize(

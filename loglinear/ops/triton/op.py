@@ -7,6 +7,7 @@ p value head size, l level, c chunk (row of the tables), x run, s sequence, k bu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -66,7 +67,7 @@ def triton_log_linear_attention(
     values = v.shape[3]
     padded_thp = v_thp if values >= LEAST_VALUE else F.pad(v_thp, (0, LEAST_VALUE - values))
     o_thp = _forward(q_tgn, k_tgn, padded_thp, g_th, scales_thl, lengths, starts, scale)[0][..., :values]
-    with torch.autocast(v.device.type, enabled=False):
+    with nullcontext() if v.is_meta else torch.autocast(v.device.type, enabled=False):
         if initial_state is not None:
             o_thp = read_initial_state(o_thp, q_tgn, g_th, scales_thl, scale, initial_state, sequences)
         state = final_state(k_tgn, v_thp, g_th, initial_state, sequences) if output_final_state else None

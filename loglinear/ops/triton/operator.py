@@ -19,13 +19,14 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.definition = torch.library.custom_op(name, function, mutates_args=())
-        self._function = function
+        self._function = self._fake = function
         self._setup_context: Callable[..., None] | None = None
         self._backward: Callable[..., Any] | None = None
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         """`fake` gives empty outputs of the right shapes; arguments are the function's."""
         self.definition.register_fake(fake)
+        self._fake = fake
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """As `torch.library.CustomOpDef.register_autograd` takes them."""
@@ -38,8 +39,12 @@ class Operator:
             return self.definition(*args)
         wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
         if self._backward is None or not wants_gradient or not torch.is_grad_enabled():
-            return self._function(*args)
+            return self.run(*args)
         return _Eager.apply(self, *args)
+
+    def run(self, *args: Any) -> Any:
+        """The function without autograd; on the meta device the shapes that it would give."""
+        return self._fake(*args) if args[0].is_meta else self._function(*args)
 
     def and_input(self, index: int, *args: Any) -> tuple[Any, ...]:
         """What a call gives and, last, the input at `index` again, for whatever else reads it.
@@ -61,7 +66,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Operator, *args: Any) -> Any:
-        output = operator._function(*args)
+        output = operator.run(*args)
         ctx.operator = operator
         assert operator._setup_context is not None
         operator._setup_context(ctx, args, output)
