@@ -43,7 +43,6 @@ class WandbRun:
         """
         wandb: Any = import_module("wandb")  # Any, since not everybody has it
         known = folder.wandb_id.read_text(encoding="utf-8").strip() if folder.wandb_id.exists() else None
-        self._errors = (wandb.Error, OSError)
         try:
             self._run: Any = wandb.init(
                 project=config.monitor.wandb,
@@ -75,6 +74,7 @@ class WandbRun:
             return
         try:
             action(self._run)
-        except self._errors as error:
+        except Exception as error:  # wandb's own are not all of wandb.Error, and none is worth a run
             self._run = None
-            warnings.warn(f"W&B is lost ({error}); training goes on, and TensorBoard has all", stacklevel=2)
+            reason = str(error) or type(error).__name__
+            warnings.warn(f"W&B is lost ({reason}); training goes on, and TensorBoard has all", stacklevel=2)
