@@ -168,9 +168,9 @@ def rms_norm_and_residual(
 
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [..., D] each. Source: arXiv 2002.05202."""
-    if gate.is_meta and _has_kernels(gate):
-        return _SiluProductWithoutData.apply(gate, up)
     if _has_kernels(gate):
+        if gate.is_meta:
+            return _SiluProductWithoutData.apply(gate, up)
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         return LigerSiLUMulFunction.apply(gate, up)

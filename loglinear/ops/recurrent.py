@@ -10,7 +10,7 @@ import torch
 
 from loglinear.errors import UserError
 from loglinear.ops.checks import check_inputs, compute_dtype
-from loglinear.ops.state import LogLinearState, StateInPlace
+from loglinear.ops.state import LogLinearState, StateInPlace, occupied_buckets
 
 
 def recurrent_step(
@@ -54,7 +54,7 @@ def recurrent_step(
     decayed_bhknp = state.buckets * g.to(dtype).exp()[..., None, None, None]
     new_bhnp = k_bhn[..., :, None] * v.to(dtype)[..., None, :]
 
-    occupied_bk = _bits(state.positions, state.buckets.shape[2]).to(v.device)
+    occupied_bk = occupied_buckets(state.positions, state.buckets.shape[2]).to(v.device)
     read_bhkp = torch.einsum("bhn,bhknp->bhkp", q_bhn * scale, decayed_bhknp) * occupied_bk[:, None, :, None]
     own_bhp = torch.einsum("bhn,bhnp->bhp", q_bhn * scale, new_bhnp)
     o_bhp = _weigh(own_bhp, read_bhkp, level_scales, state.positions)
@@ -78,11 +78,12 @@ def recurrent_step_in_place(
     Returns:
         o [B, H, P] in v's dtype.
     """
-    from loglinear.ops.triton.step import step_in_place
+    from loglinear.ops.triton.step import launch_step
 
     q, k, v = (x.contiguous() for x in (q, k, v))
     level_scales = None if level_scales is None else level_scales.contiguous()
-    return step_in_place(state, q, k, v, level_scales, scale)
+    buckets, sums = state.buckets, (state.sums_sh, state.sums_shk)
+    return launch_step(buckets, buckets, *sums, state.positions, q, k, v, level_scales, scale)
 
 
 def _has_kernel(state: LogLinearState, *tensors: torch.Tensor | None) -> bool:
@@ -126,11 +127,6 @@ def _check_levels(scales_bhl: torch.Tensor | None, positions_b: torch.Tensor) ->
         )
 
 
-def _bits(positions_b: torch.Tensor, count: int) -> torch.Tensor:
-    """Bits 0..count-1 of each position: bool [B, count]."""
-    return (positions_b[:, None] >> torch.arange(count)) & 1 == 1
-
-
 def _weigh(
     own_bhp: torch.Tensor,
     read_bhkp: torch.Tensor,
@@ -153,7 +149,7 @@ def _carry(decayed_bhknp: torch.Tensor, new_bhnp: torch.Tensor, positions_b: tor
     positions_b = positions_b + 1
     state = LogLinearState(decayed_bhknp, positions_b).with_buckets(int(positions_b.max()).bit_length())
     bucket_k = torch.arange(state.buckets.shape[2])
-    occupied_bk = _bits(positions_b - 1, len(bucket_k))
+    occupied_bk = occupied_buckets(positions_b - 1, len(bucket_k))
     merges_bk = (bucket_k < carry_b[:, None]).to(new_bhnp)
     stays_bk = ((bucket_k > carry_b[:, None]) & occupied_bk).to(new_bhnp)
     target_bk = (bucket_k == carry_b[:, None]).to(new_bhnp)

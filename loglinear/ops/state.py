@@ -90,6 +90,11 @@ class StateInPlace:
     def as_state(self, positions: torch.Tensor) -> LogLinearState:
         """The same as a state of its own; `positions` [S] are these on the host."""
         decay_shk = (self.sums_sh[..., None] - self.sums_shk).exp()
-        occupied_sk = (self.positions[:, None] >> torch.arange(decay_shk.shape[2], device=decay_shk.device)) & 1 == 1
+        occupied_sk = occupied_buckets(self.positions, decay_shk.shape[2])
         decayed_shknp = self.buckets * decay_shk.to(self.buckets.dtype)[..., None, None]
         return LogLinearState(decayed_shknp.where(occupied_sk[:, None, :, None, None], 0.0), positions)
+
+
+def occupied_buckets(positions_s: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of `count` buckets hold tokens after `positions_s` [S] tokens, their bits: bool [S, count]."""
+    return (positions_s[:, None] >> torch.arange(count, device=positions_s.device)) & 1 == 1

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from loglinear.ops.state import StateInPlace
 from loglinear.ops.triton.operator import operator
 
 # Values of a head in a program: few, so that there are more programs than heads, unless there are heads enough.
@@ -48,8 +47,8 @@ def step(
     """
     sequences, heads, _, size, values = buckets_shknp.shape
     out_shknp = buckets_shknp.new_empty(sequences, heads, count, size, values)
-    inputs = (q_sgn, k_sgn, v_shp, scales_shl, scale)
-    return _launch(buckets_shknp, out_shknp, g_sh, None, positions_s, *inputs), out_shknp
+    o_shp = launch_step(buckets_shknp, out_shknp, g_sh, None, positions_s, q_sgn, k_sgn, v_shp, scales_shl, scale)
+    return o_shp, out_shknp
 
 
 @step.register_fake
@@ -58,20 +57,7 @@ def _(buckets_shknp, positions_s, q_sgn, k_sgn, v_shp, g_sh, scales_shl, scale, 
     return torch.empty_like(v_shp), buckets_shknp.new_empty(sequences, heads, count, size, values)
 
 
-def step_in_place(
-    state: StateInPlace,
-    q_sgn: torch.Tensor,
-    k_sgn: torch.Tensor,
-    v_shp: torch.Tensor,
-    scales_shl: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
-    """Outputs as `step`'s, and other arguments; the sums of `state` count the token's log-decay already."""
-    inputs = (q_sgn, k_sgn, v_shp, scales_shl, scale)
-    return _launch(state.buckets, state.buckets, state.sums_sh, state.sums_shk, state.positions, *inputs)
-
-
-def _launch(
+def launch_step(
     buckets_shknp: torch.Tensor,
     out_shknp: torch.Tensor,
     decay_sh: torch.Tensor,
@@ -83,6 +69,13 @@ def _launch(
     scales_shl: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
+    """Outputs as `step`'s, other arguments too; the buckets go to `out_shknp`.
+
+    Args:
+        out_shknp: [S, H, `count`, N, P], contiguous; in place, `buckets_shknp` itself.
+        decay_sh: the token's log-decay, fp32 [S, H]; in place `sums_sh` of `StateInPlace`, which counts it already.
+        sums_shk: None; in place those of `StateInPlace`.
+    """
     sequences, heads, buckets, size, values = buckets_shknp.shape
     o_shp = torch.empty_like(v_shp)
     most = FEW_VALUES if sequences * heads < MANY_HEADS else MANY_VALUES
