@@ -180,7 +180,8 @@ def _measure(
 ) -> tuple[int, float, int | None] | None:
     """Parameters, seconds of a step and bytes at its peak; None if it does not fit the memory."""
     try:
-        model, loss = contender.build(length, recompute)
+        with device:
+            model, loss = contender.build(length, recompute)
         return _parameters(model), *_time(model, loss, batch, length, device)
     except torch.OutOfMemoryError:
         return None

@@ -42,6 +42,21 @@ PUBLISHED: tuple[tuple[str, str, str, str, tuple[Mode, Mode]], ...] = (
 )
 
 
+def in_short(summaries: Sequence[Summary]) -> list[str]:
+    """One section: every comparison on one page, and how well the best and the focus do at all."""
+    compared = [comparison for summary in summaries for comparison in summary.comparisons]
+    if not compared:
+        return ["## In short\n", f"{NOT_YET}\n"]
+    focus, counted = summaries[0].rules.focus, sum(comparison.counts for comparison in compared)
+    return [
+        "## In short\n",
+        f"`{focus}` minus each rival, in points of accuracy (novels: in nats per token, where less is better). The\n"
+        f"protocol counts {counted} of these {len(compared)} comparisons as a difference; they are bold.\n",
+        tables.overview_table(summaries),
+        "\n".join(_reached(summaries)) + "\n",
+    ]
+
+
 def reviewers_points(summaries: Sequence[Summary]) -> list[str]:
     """One section, point by point."""
     points = (
@@ -78,6 +93,19 @@ def published(summaries: Sequence[Summary]) -> list[str]:
         "perplexities of language models are for the token after the next, and have no counterpart.\n",
         tables.table(["published", "nearest test here", "measured", "measured", "difference"], rows),
     ]
+
+
+def _reached(summaries: Sequence[Summary]) -> Iterator[str]:
+    """What the focus and softmax attention reach, without which differences say little."""
+    for summary in summaries:
+        for outcome in summary.outcomes() if summary.comparisons else ():
+            scale, unit, digits = (1, " nats", 3) if summary.is_novels else (100, " %", 1)
+            reached = (
+                f"{mode} {tables.spread([float(outcome.measure(run).mean()) for run in runs], scale, digits)}{unit}"
+                for mode, runs in summary.final.items()
+                if mode in (summary.rules.focus, "softmax")
+            )
+            yield f"- {summary.name}, {outcome.name}: {', '.join(reached)}."
 
 
 def _significance(summaries: Sequence[Summary]) -> Iterator[str]:

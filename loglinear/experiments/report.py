@@ -9,7 +9,7 @@ from rich.console import Console
 
 from data_pipeline.files import write_bytes
 from loglinear.experiments import tables
-from loglinear.experiments.answers import published, reviewers_points
+from loglinear.experiments.answers import in_short, published, reviewers_points
 from loglinear.experiments.figures import draw_figures
 from loglinear.experiments.protocol import Protocol, load_protocol
 from loglinear.experiments.results import check_protocol, read_results
@@ -46,7 +46,7 @@ def write_report(out: Path, protocol: Protocol | None = None) -> Path:
         check_protocol(path, results, experiment.fingerprint)
         summaries.append(Summary(name, experiment, protocol.statistics, results))
     report = out.with_name(f"{out.name}.md")
-    parts = [OPENING, _costs(summaries)]
+    parts = [OPENING, *in_short(summaries), _costs(summaries)]
     parts += [part for summary in summaries for part in _experiment(summary, out)]
     parts += reviewers_points(summaries) + published(summaries)
     report.parent.mkdir(parents=True, exist_ok=True)

@@ -127,6 +127,27 @@ def comparisons_table(summary: Summary) -> str:
     return table(["modes", "outcome", "seeds", "difference", "interval", "p (Holm)", "counts"], rows)
 
 
+def overview_table(summaries: Sequence[Summary]) -> str:
+    """All comparisons of all experiments: a row for each rival of the focus, bold where the protocol counts it."""
+    columns = [
+        (summary, outcome.name) for summary in summaries if summary.comparisons for outcome in summary.outcomes()
+    ]
+    found = {(summary.name, c.outcome, c.rival): c for summary in summaries for c in summary.comparisons}
+    rivals = dict.fromkeys(rival for _, _, rival in found)
+    rows = []
+    for rival in rivals:
+        cells = [rival]
+        for summary, outcome in columns:
+            comparison = found.get((summary.name, outcome, rival))
+            text = "" if comparison is None else _difference(summary, comparison)[0]
+            cells.append(f"**{text}**" if comparison is not None and comparison.counts else text)
+        rows.append(cells)
+    notes = (f"{outcome}{' (preliminary)' if summary.missing else ''}" for summary, outcome in columns)
+    return table(
+        ["rival", *(f"{summary.name}, {note}" for (summary, _), note in zip(columns, notes, strict=True))], rows
+    )
+
+
 def failures_table(summary: Summary) -> str:
     """How many runs failed, and which."""
     rows = []

@@ -183,7 +183,7 @@ def test_the_report_says_what_is_not_known(tmp_path: Path) -> None:
     report = write_report(tmp_path / "evidence").read_text()
     for name in load_protocol().experiments:
         assert f"No reported run is finished yet. `loglinear experiment {name}" in report
-    assert report.count("Not known yet") == 9, "every point of the reviewer's"
+    assert report.count("Not known yet") == 10, "the summary, and every point of the reviewer's"
     assert "not run yet" in report
     assert re.search(r"\d±|± \d", report) is None, "no number is made up"
 
@@ -198,6 +198,18 @@ def test_the_report_answers_the_reviewer_with_what_was_measured(tmp_path: Path) 
     assert "- mqar: of 9 reported runs 0 diverged, 0 collapsed, 1 learned nothing." in report
     assert "- mqar: 2 of 2 comparisons count as a difference, with at least 3 seeds a mode" in report
     assert "| mqar | 16 (6 missing) | 16.0 | a GPU | 2026-01-02 |" in report
+    assert "| rival | mqar, test (preliminary) | mqar, longer than trained (preliminary) |" in report
+    assert "| none | **+50.0** | **+50.0** |" in report
+    assert "- mqar, test: mlp 70.0 ± 20.0 %, softmax 100.0 ± 0.0 %." in report
+
+
+def test_only_what_counts_is_bold(summary: Summary) -> None:
+    """A margin of 60 points makes a difference of 50 none; an experiment without comparisons has no column."""
+    strict = replace(summary, name="strict", experiment=EXPERIMENT.model_copy(update={"margin": 0.6}))
+    empty = replace(summary, name="empty", results=[])
+    header, _, row = rows(tables.overview_table([summary, strict, empty]))
+    assert len(header) == 5
+    assert row == ["none", "**+50.0**", "**+50.0**", "+50.0", "+50.0"]
 
 
 def test_real_runs_become_a_report_with_pictures(tmp_path: Path, novels: Path) -> None:  # noqa: F811
