@@ -18,12 +18,15 @@ from loglinear.train.schedule import learning_rate
 from loglinear.train.stability import Guard
 from loglinear.train.timing import StepTimer
 
+MICRO_BATCHES = 2  # of a step at most: one that accumulates and one that is followed by the update; others repeat
 WARM_UP = 2  # steps, in which kernels are compiled and memory is allocated for good
 HISTORY = 200_000  # allocations that a snapshot remembers
 
 
 def profile_steps(config: Config, out: Path, steps: int) -> None:
     """Train `steps` steps on random tokens and write what they did; under torchrun every rank writes its own.
+
+    A step has at most two micro-batches for each rank: a trace of dozens takes minutes to write and to open.
 
     Args:
         config: the run's; nothing of its run folder or its data is touched.
@@ -36,7 +39,9 @@ def profile_steps(config: Config, out: Path, steps: int) -> None:
     world = start_world()
     mesh = make_mesh(world, config.parallel)
     on_gpu = world.device.type == "cuda"
-    count = world.together(lambda: config.train.micro_batches(mesh.data.size))[0]
+    count = min(MICRO_BATCHES, world.together(lambda: config.train.micro_batches(mesh.data.size))[0])
+    batch = {"global_batch": count * mesh.data.size * config.train.micro_batch}
+    config = config.model_copy(update={"train": config.train.model_copy(update=batch)})
     engine = Engine(parallel_model(mesh, config, fresh=True), config, mesh, Guard(config.stability))
     batches, timer = [random_batch(config, number) for number in range(count)], _NamedPhases(world.device)
 

@@ -46,7 +46,8 @@ def test_layers_without_level_scales_have_no_chart(
 
 
 def test_a_profile_names_the_phases_of_every_step(prepared: DataConfig, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", prepared)
+    config = small_config(tmp_path / "run", prepared, train={"global_batch": 16})
+    assert config.train.micro_batches(2) > 2
     log = tmp_path / "log"
     assert exit_codes(start_ranks(2, profile_steps, config, tmp_path / "out", 2, log=log)) == [0, 0]
     for rank in range(2):
