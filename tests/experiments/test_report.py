@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from loglinear.experiments import tables
+from loglinear.experiments.answers import reproduces
 from loglinear.experiments.protocol import Protocol, load_protocol
 from loglinear.experiments.report import write_report
 from loglinear.experiments.results import append_results
 from loglinear.experiments.runner import run_experiment
 from loglinear.experiments.selection import best_rate
+from loglinear.experiments.statistics import Difference
 from loglinear.experiments.summary import Summary, failure
 from tests.experiments.small import small_experiment
 from tests.experiments.test_runner import novels, settings, signals_as_before  # noqa: F401
@@ -210,6 +212,23 @@ def test_only_what_counts_is_bold(summary: Summary) -> None:
     header, _, row = rows(tables.overview_table([summary, strict, empty]))
     assert len(header) == 5
     assert row == ["none", "**+50.0**", "**+50.0**", "+50.0", "+50.0"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_better", "verdict"),
+    [
+        (0.01, 0.3, True, "yes"),
+        (-0.1, 0.3, True, "no difference found"),
+        (-0.3, -0.1, True, "no, the opposite"),
+        (-0.01, 0.02, False, "yes"),
+        (-0.01, 0.03, False, "not decided"),
+        (0.01, 0.03, False, "no, they differ"),
+        (-0.03, -0.01, False, "no, they differ"),
+    ],
+)
+def test_a_published_direction_reproduces_or_not(low: float, high: float, is_better: bool, verdict: str) -> None:
+    found = Difference((low + high) / 2, low, high, 0.5)
+    assert reproduces(found, is_better, margin=0.02) == verdict
 
 
 def test_real_runs_become_a_report_with_pictures(tmp_path: Path, novels: Path) -> None:  # noqa: F811
