@@ -8,10 +8,17 @@ from __future__ import annotations
 import re
 import typing
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from loglinear.config_data import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from loglinear.config_model import (
@@ -124,6 +131,14 @@ class ScheduleConfig(Section):
         return self
 
 
+def _true_false_or_a_number(value: object, validate: ValidatorFunctionWrapHandler) -> bool | int:
+    """One error where pydantic has two, one for each type."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError(f"{value!r} is neither true nor false nor a number of blocks") from None
+
+
 class TrainConfig(Section):
     """Steps and batches, which count sequences; precision and memory.
 
@@ -132,7 +147,8 @@ class TrainConfig(Section):
     micro_batch: sequences in one pass of one rank.
     precision: of weights and activations; with bf16 the optimizer keeps fp32 weights beside them.
     zero_stage: what ranks share instead of repeating it: 1 the optimizer's state, 2 gradients too, 3 weights too.
-    activation_checkpointing: whether blocks are computed again in the backward pass instead of being kept.
+    activation_checkpointing: whether blocks are computed again in the backward pass instead of being kept; or how many,
+        from the first on.
     peak_tflops: dense bf16 TFLOP/s of the device, for utilisation; known for common GPUs, measured on a CPU.
     hang_seconds: a rank that finishes no step, evaluated batch or save for so long reports where it is, and ends.
     """
@@ -142,7 +158,7 @@ class TrainConfig(Section):
     micro_batch: PositiveInt = 8
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[1, 2, 3] = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool | PositiveInt, WrapValidator(_true_false_or_a_number)] = False
     peak_tflops: float | None = Field(default=None, gt=0)
     hang_seconds: float = Field(default=900.0, gt=0)
 
@@ -268,6 +284,11 @@ class Config(Section):
             if value % divisor:
                 raise ValueError(f"{name} ({value}) must be a multiple of {why} ({divisor})")
         self._check_mixers()
+        if self.recomputed_blocks > self.model.layers:
+            raise ValueError(
+                f"train.activation_checkpointing ({self.recomputed_blocks}) exceeds model.layers ({self.model.layers}):"
+                " write true for all blocks"
+            )
         if self.data.best_fit not in (None, self.model.seq_len):
             raise ValueError(f"data.best_fit ({self.data.best_fit}) must equal model.seq_len ({self.model.seq_len})")
         for stage in self.data.curriculum:
@@ -276,6 +297,12 @@ class Config(Section):
                     f"data.curriculum: seq_len ({stage.seq_len}) must divide model.seq_len ({self.model.seq_len})"
                 )
         return self
+
+    @property
+    def recomputed_blocks(self) -> int:
+        """How many blocks, from the first on, are computed again in the backward pass."""
+        chosen = self.train.activation_checkpointing
+        return chosen * self.model.layers if isinstance(chosen, bool) else chosen
 
     def _divisions(self) -> typing.Iterator[tuple[str, int, int, str]]:
         """What must divide evenly over the ranks of a model replica."""

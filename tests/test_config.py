@@ -145,6 +145,14 @@ def test_a_value_out_of_its_domain_is_named(file: Path, text: str, said: str) ->
             "schedule.warmup_steps + schedule.decay_steps (11) exceed train.steps (10)",
         ),
         (
+            "train: {activation_checkpointing: -1}",
+            "train.activation_checkpointing: -1 is neither true nor false nor a number of blocks",
+        ),
+        (
+            "{model: {layers: 6}, train: {activation_checkpointing: 7}}",
+            "train.activation_checkpointing (7) exceeds model.layers (6): write true for all blocks",
+        ),
+        (
             "checkpoint: {every: 250, keep_every: 300}",
             "checkpoint: keep_every (300) must be a multiple of every (250)",
         ),
@@ -282,6 +290,12 @@ def test_overrides_are_dotted_paths_to_yaml_values(file: Path) -> None:
     assert config.checkpoint.keep_every is None
     assert config.data.sources[0].path == "a=b.jsonl"
     assert config.eval.prompt == "3: "
+
+
+@pytest.mark.parametrize(("value", "blocks"), [("true", 8), ("false", 0), ("1", 1), ("8", 8)])
+def test_activation_checkpointing_is_all_none_or_a_number_of_blocks(file: Path, value: str, blocks: int) -> None:
+    overrides = ["model.layers=8", f"train.activation_checkpointing={value}"]
+    assert load_config(file, overrides).recomputed_blocks == blocks
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1.0e-3", "0.001", "1E-3"])

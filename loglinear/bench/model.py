@@ -2,7 +2,8 @@
 
 A step is forward, backward, clipping and AdamW: on a GPU with weights and gradients in bf16 and an fp32 copy for the
 optimizer, as DeepSpeed trains, on a CPU in fp32. Tokens are random. A step that does not fit the memory is tried again
-with every block recomputed in the backward pass, and marked. Softmax models use cuDNN's attention where there is one.
+with half of the blocks recomputed in the backward pass, then with all, and marked. Softmax models use cuDNN's attention
+where there is one.
 
 Where flash-linear-attention is installed, its LogLinearMamba2 is timed too, with as many layers as give it the
 parameters of the first model.
@@ -48,7 +49,7 @@ class ModelPoint:
         seconds: of a step of `tokens` tokens, the median; None if it does not fit the memory.
         mfu: model FLOPs, recomputation not counted, over the device's peak; None where they are not counted.
         peak_bytes: at the step's peak, on a GPU; None elsewhere.
-        recomputes: whether blocks are recomputed in the backward pass.
+        recomputed: how many blocks are recomputed in the backward pass.
     """
 
     model: str
@@ -58,15 +59,16 @@ class ModelPoint:
     seconds: float | None
     mfu: float | None
     peak_bytes: int | None
-    recomputes: bool
+    recomputed: int
 
 
 @dataclass(frozen=True)
 class _Contender:
-    """A model to be timed: built for a length, with its blocks recomputed or not."""
+    """A model to be timed: built for a length and a number of recomputed blocks, `recomputed` one after the other."""
 
     name: str
-    build: Callable[[int, bool], tuple[nn.Module, Loss]]
+    build: Callable[[int, int], tuple[nn.Module, Loss]]
+    recomputed: tuple[int, ...]
     flops_per_token: Callable[[int], int] | None
     longest: int
 
@@ -118,15 +120,16 @@ def _ours(config: Config) -> _Contender:
     def at(length: int) -> Any:
         return config.model.model_copy(update={"seq_len": length})
 
-    def build(length: int, recompute: bool) -> tuple[nn.Module, Loss]:
-        model = build_model(at(length), 0, activation_checkpointing=recompute)
+    def build(length: int, recomputed: int) -> tuple[nn.Module, Loss]:
+        model = build_model(at(length), 0, recomputed_blocks=recomputed)
         return model, lambda inputs_bt, labels_bt: model(inputs_bt, labels_bt) / inputs_bt.numel()
 
     def flops(length: int) -> int:
         with torch.device("meta"):
             return TRAINING_FLOPS * build_model(at(length), 0).flops_per_token(length)
 
-    return _Contender(config.run.name, build, flops, 1 << 62)
+    layers = config.model.layers
+    return _Contender(config.run.name, build, (0, layers // 2, layers), flops, 1 << 62)
 
 
 def _theirs(config: Config) -> _Contender:
@@ -148,13 +151,13 @@ def _theirs(config: Config) -> _Contender:
         one, two, wanted = _parameters(make(1)), _parameters(make(2)), _parameters(build_model(own, 0))
     layers = max(1, 1 + round((wanted - one) / (two - one)))
 
-    def build(length: int, recompute: bool) -> tuple[nn.Module, Loss]:
+    def build(length: int, recomputed: int) -> tuple[nn.Module, Loss]:
         model = make(layers)
-        if recompute:
+        if recomputed:
             model.gradient_checkpointing_enable()
         return model, lambda inputs_bt, labels_bt: model(input_ids=inputs_bt, labels=labels_bt).loss
 
-    return _Contender(THEIRS, build, None, THEIRS_LONGEST)
+    return _Contender(THEIRS, build, (0, layers), None, THEIRS_LONGEST)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -162,26 +165,26 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _point(contender: _Contender, length: int, batch: int, device: torch.device, peak: float) -> ModelPoint:
-    recompute = False
-    measured = _measure(contender, length, batch, device, recompute)
-    if measured is None:
+    measured, recomputed = None, 0
+    for recomputed in contender.recomputed:
+        measured = _measure(contender, length, batch, device, recomputed)
+        if measured is not None:
+            break
         torch.cuda.empty_cache()
-        recompute = True
-        measured = _measure(contender, length, batch, device, recompute)
     tokens, mfu = batch * length, None
     parameters, seconds, peak_bytes = measured or (0, None, None)
     if seconds is not None and contender.flops_per_token is not None:
         mfu = tokens * contender.flops_per_token(length) / seconds / peak
-    return ModelPoint(contender.name, parameters, length, tokens, seconds, mfu, peak_bytes, recompute)
+    return ModelPoint(contender.name, parameters, length, tokens, seconds, mfu, peak_bytes, recomputed)
 
 
 def _measure(
-    contender: _Contender, length: int, batch: int, device: torch.device, recompute: bool
+    contender: _Contender, length: int, batch: int, device: torch.device, recomputed: int
 ) -> tuple[int, float, int | None] | None:
     """Parameters, seconds of a step and bytes at its peak; None if it does not fit the memory."""
     try:
         with device:
-            model, loss = contender.build(length, recompute)
+            model, loss = contender.build(length, recomputed)
         return _parameters(model), *_time(model, loss, batch, length, device)
     except torch.OutOfMemoryError:
         return None
@@ -256,7 +259,8 @@ def _markdown(points: list[ModelPoint], device: torch.device) -> str:
     about = _machine(device)
     return (
         f"{about['device']} ({about['processor']}), {about['date']}, torch {about['torch']}; `{COMMAND}`. Tokens a "
-        f"second of whole training steps, MFU, GB at the peak, times the speed of {baseline}; * blocks recomputed."
+        f"second of whole training steps, MFU, GB at the peak, times the speed of {baseline}; * half or all blocks"
+        " recomputed."
         f"\n\n{table}\n"
     )
 
@@ -266,7 +270,7 @@ def _cell(point: ModelPoint | None, baseline: ModelPoint | None) -> str:
         return "-"
     if point.seconds is None:
         return "does not fit"
-    parts = [f"{point.tokens / point.seconds:,.0f}{'*' if point.recomputes else ''}"]
+    parts = [f"{point.tokens / point.seconds:,.0f}{'*' if point.recomputed else ''}"]
     if point.mfu is not None:
         parts.append(f"{100 * point.mfu:.1f} %")
     if point.peak_bytes is not None:

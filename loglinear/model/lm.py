@@ -44,12 +44,13 @@ class LanguageModel(nn.Module):
     """Embedding, `config.layers` blocks, norm, head.
 
     Attributes:
-        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        recomputed_blocks: the first so many are computed again in the backward pass instead of keeping their
+            activations. The first, because by then the activations of those behind them are spent.
     """
 
-    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, recomputed_blocks: int = 0) -> None:
         super().__init__()
-        self.activation_checkpointing = activation_checkpointing
+        self.recomputed_blocks = recomputed_blocks
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -86,8 +87,8 @@ class LanguageModel(nn.Module):
         batch, time = inputs_bt.shape
         documents = documents or Documents.rows(batch, time, 0, inputs_bt.device)
         x_btd = self.embedding(inputs_bt if documents.cu_seqlens is None else inputs_bt.view(1, -1))
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for index, block in enumerate(self.blocks):
+            if index < self.recomputed_blocks and torch.is_grad_enabled():
                 x_btd, _ = checkpoint(block, x_btd, documents, use_reentrant=True)  # pyright: ignore[reportGeneralTypeIssues]
             else:
                 x_btd, _ = block(x_btd, documents)
@@ -178,8 +179,8 @@ class LanguageModel(nn.Module):
             nn.init.normal_(module.weight, std=std)
 
 
-def build_model(config: ModelConfig, seed: int, *, activation_checkpointing: bool = False) -> LanguageModel:
+def build_model(config: ModelConfig, seed: int, *, recomputed_blocks: int = 0) -> LanguageModel:
     """A model whose weights depend on `config` and `seed` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LanguageModel(config, activation_checkpointing=activation_checkpointing)
+        return LanguageModel(config, recomputed_blocks=recomputed_blocks)

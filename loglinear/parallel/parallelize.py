@@ -34,12 +34,11 @@ CONTEXT_CORES = {LogLinearMixer: ContextLogLinearCore, SoftmaxMixer: ContextSoft
 
 def parallel_model(mesh: Mesh, config: Config, *, fresh: bool) -> LanguageModel:
     """This rank's part of the run's model; unless it is `fresh`, its weights are still to be loaded."""
-    checkpointing = config.train.activation_checkpointing
     if fresh:
-        model = build_model(config.model, config.run.seed, activation_checkpointing=checkpointing)
+        model = build_model(config.model, config.run.seed, recomputed_blocks=config.recomputed_blocks)
         return parallelize(model, mesh, config)
     with torch.device("meta"):
-        model = LanguageModel(config.model, activation_checkpointing=checkpointing)
+        model = LanguageModel(config.model, recomputed_blocks=config.recomputed_blocks)
     _cut_parameters(model, mesh.tensor, config)
     _allocate(model)
     _connect(model, mesh, config)

@@ -132,7 +132,7 @@ def _left(todo: list[Task], ended: Result, job: JobFolder, attempt: int, results
     running = read_json(job.root / RUNNING)["name"] if (job.root / RUNNING).exists() else left[0].name
     failed = next(task for task in left if task.name == running)
     others = [task for task in left if task is not failed]
-    if failure["error"] == OUT_OF_MEMORY and not failed.config.train.activation_checkpointing:
+    if failure["error"] == OUT_OF_MEMORY and failed.config.recomputed_blocks < failed.config.model.layers:
         return [failed.recomputing(), *others]
     results.add(failed.name, {"error": f"{failure['error']} ({ended.reason})", "log": str(job.logs(attempt))})
     if failed.kind == "save":

@@ -60,5 +60,5 @@ def fresh_model(config: Config, mesh: Mesh) -> LanguageModel:
     """This rank's part of a model whose random weights are drawn where it computes, which takes no time on a GPU."""
     torch.manual_seed(config.run.seed)
     with mesh.world.device:
-        model = LanguageModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
+        model = LanguageModel(config.model, recomputed_blocks=config.recomputed_blocks)
     return parallelize(model, mesh, config)

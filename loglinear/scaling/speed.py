@@ -60,7 +60,7 @@ def measure(task: Task, meshes: Meshes) -> Result:
         "peak_bytes": peak_bytes,
         "communication_seconds": communication,
         "exposed_seconds": exposed,
-        "recomputes": config.train.activation_checkpointing,
+        "recomputes": config.recomputed_blocks > 0,
     }
 
 

@@ -57,7 +57,7 @@ def make_plan(config: Config, ranks: int) -> Plan:
     data = data_parallel_size(config.parallel, ranks)
     micro_batches = config.train.micro_batches(data)
     with torch.device("meta"):
-        whole = LanguageModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
+        whole = LanguageModel(config.model, recomputed_blocks=config.recomputed_blocks)
     parameters, flops = whole.parameter_count(), whole.flops_per_token(config.model.seq_len)
     replicas = data * config.parallel.context
     model = parallelize(whole.to(DTYPES[config.train.precision]), last_rank(data, config.parallel), config)
@@ -135,12 +135,15 @@ def _activation_memory(model: LanguageModel, tokens_bt: torch.Tensor, documents:
     """The most bytes that autograd holds at once for the backward pass of a micro-batch, weights apart."""
     weights = list(model.parameters())
     kept = _saved_bytes(lambda: model(tokens_bt, tokens_bt, documents), weights)
-    if not model.activation_checkpointing:
+    recomputed_blocks = model.blocks[: model.recomputed_blocks]
+    if not recomputed_blocks:
         return kept
-    # Once the head's are spent, a block's activations come back beside its input and those of all blocks before it.
+    # Once those behind are spent, a block's activations come back beside its input and those of all blocks before it.
     x_btd = model.embedding(tokens_bt if documents is None else tokens_bt.view(1, -1))
     documents = documents or Documents.rows(len(tokens_bt), tokens_bt.shape[1], 0, x_btd.device)
-    blocks = [_saved_bytes(lambda block=block: block(x_btd, documents), [*weights, x_btd]) for block in model.blocks]
+    blocks = [
+        _saved_bytes(lambda block=block: block(x_btd, documents), [*weights, x_btd]) for block in recomputed_blocks
+    ]
     recomputed = max(number * x_btd.nbytes + block for number, block in enumerate(blocks, 1))
     return max(kept, tokens_bt.nbytes + recomputed)
 

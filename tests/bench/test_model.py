@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from loglinear.bench.model import ModelPoint, _Optimizer, bench_model
+from loglinear.bench.model import Loss, ModelPoint, _Optimizer, _ours, _point, bench_model
 from loglinear.config import Config
 from loglinear.model import build_model
 from tests.model.model_cases import awake, random_tokens, tiny
@@ -35,12 +36,31 @@ def test_the_output_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert point.parameters == model.parameter_count()
         flops = 3 * model.flops_per_token(point.length) * point.tokens
         assert point.mfu == pytest.approx(flops / point.seconds / 0.5e12)
-        assert (point.peak_bytes, point.recomputes) == (None, False)
+        assert (point.peak_bytes, point.recomputed) == (None, 0)
     record = json.loads((tmp_path / "model.json").read_text())
     assert [ModelPoint(**point) for point in record["points"]] == points
     assert (tmp_path / "model.md").read_text().count("\n| ") == 4
     assert "x |" in capsys.readouterr().out
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("enough", "recomputed"), [(0, 0), (1, 2), (2, 2), (3, 4), (5, None)])
+def test_what_does_not_fit_is_tried_with_half_of_the_blocks_recomputed_then_with_all(
+    enough: int, recomputed: int | None
+) -> None:
+    """Of four blocks; None does not fit at all."""
+    contender = _ours(run("ours", ("log_linear",)).model_copy(update={"model": tiny(layers=4)}))
+
+    def build(length: int, recomputed: int) -> tuple[torch.nn.Module, Loss]:
+        if recomputed < enough:
+            raise torch.OutOfMemoryError
+        model, loss = contender.build(length, recomputed)
+        assert model.recomputed_blocks == recomputed
+        return model, loss
+
+    point = _point(replace(contender, build=build), 64, 2, torch.device("cpu"), 0.5e12)
+    assert (point.seconds is None) == (recomputed is None)
+    assert point.recomputed == (4 if recomputed is None else recomputed)
 
 
 def test_a_timed_step_in_bf16_is_that_of_adamw_on_fp32_weights() -> None:

@@ -39,4 +39,4 @@ def test_the_output_is_what_plan_prints(monkeypatch: pytest.MonkeyPatch) -> None
     (shown,) = blocks(PAGE, "console")
     command, _, output = shown.removeprefix("$ loglinear ").partition("\n")
     assert CliRunner().invoke(app, command.split()).stdout == output
-    assert len(ROWS) == 16
+    assert len(ROWS) == 17

@@ -82,7 +82,7 @@ class Held:
 def measured(config: Config, device: str) -> int:
     """The most that autograd holds in a forward and backward pass of one micro-batch, in bytes."""
     torch.manual_seed(0)
-    model = LanguageModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
+    model = LanguageModel(config.model, recomputed_blocks=config.recomputed_blocks)
     model.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision])
     tokens_bt = torch.randint(config.model.vocab_size, (config.train.micro_batch, config.model.seq_len), device=device)
     ledger = Ledger(model)
@@ -114,13 +114,14 @@ def measured_in_interpreter(config: Config) -> int:
 
 
 CASES = {
-    f"{name} {precision} {'recomputing' if recomputes else 'keeping'}": config_of(
-        PATTERNS[name], activation_checkpointing=recomputes, precision=precision, micro_batch=1
+    f"{name} {precision} recomputing {recomputed}": config_of(
+        PATTERNS[name], activation_checkpointing=recomputed, precision=precision, micro_batch=1
     )
-    for name, precision, recomputes in (
+    for name, precision, recomputed in (
         ("log_linear", "fp32", False),
         ("log_linear", "fp32", True),
         ("log_linear", "bf16", False),
+        ("log_linear", "bf16", 2),
         ("softmax", "fp32", False),
         ("hybrid", "bf16", True),
     )
