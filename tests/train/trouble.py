@@ -68,13 +68,13 @@ def train_signalled(config: Config, step: int, number: int) -> None:
     run.train(config)
 
 
-def train_without(config: Config, step: int, window: int) -> None:
-    """Nothing happens, but behind `step` steps the data jump over `window` steps' samples."""
+def train_without(config: Config, jumps: Mapping[int, int]) -> None:
+    """Nothing happens, but behind `step` steps the data jump over `jumps[step]` steps' samples."""
     plain = _Share.numbers
 
     def numbers(self: _Share, index: int) -> range:
-        jumped = index + window * self.micro_batches if index >= step * self.micro_batches else index
-        return plain(self, jumped)
+        jumped = sum(window for step, window in jumps.items() if index >= step * self.micro_batches)
+        return plain(self, index + jumped * self.micro_batches)
 
     _Share.numbers = numbers
     run.train(config)
