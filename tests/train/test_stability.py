@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from loglinear.checkpoint import read_latest
 from loglinear.checkpoint.files import complete_checkpoints, step_of
 from loglinear.config import DataConfig, StabilityConfig
 from loglinear.errors import UserError
@@ -20,6 +21,7 @@ from tests.train.trouble import (
     events,
     flip,
     make_infinite,
+    train_doubted,
     train_poisoned,
     train_scrambled,
     train_struck,
@@ -49,6 +51,16 @@ def test_a_poisoned_step_of_one_rank_leaves_all_ranks_untouched(
     assert [event["reason"].split()[0:2] for event in found] == [["the", "loss"]] * 3
     assert "deviations above" in found[-1]["reason"]
     assert all(tensor.isfinite().all() for tensor in saved_tensors(tmp_path / "run").values())
+
+
+def test_what_one_rank_refuses_all_refuse(prepared: DataConfig, tmp_path: Path) -> None:
+    """The first step, before which there are no moments."""
+    config = small_config(tmp_path / "run", prepared, train={"steps": 4, "zero_stage": 2})
+    assert exit_codes(start_ranks(2, train_doubted, config)) == [0, 0]
+    (event,) = events(tmp_path / "run")
+    assert (event["event"], event["step"], event["reason"]) == ("refused", 1, "another rank refused it")
+    snapshot = read_latest(tmp_path / "run" / "checkpoints")
+    assert (snapshot.step, snapshot.state["optimizer_step"], snapshot.state["stability"]["refused"]) == (4, 3, 1)
 
 
 def same_run(folder: Path, reference: Path) -> None:

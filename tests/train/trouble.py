@@ -18,6 +18,7 @@ from loglinear.checkpoint.zero import fragments, optimizer_step
 from loglinear.config import Config
 from loglinear.train import run
 from loglinear.train.engine import Engine
+from loglinear.train.stability import Guard
 
 
 def copies(engine: Any) -> list[torch.Tensor]:
@@ -52,6 +53,18 @@ def train_poisoned(config: Config, bad: Mapping[int, float], stop_after: int | N
         return plain_loss(self, batch) * poison[0]
 
     Engine.step, Engine.loss_sum = step, loss_sum
+    run.train(config)
+
+
+def train_doubted(config: Config) -> None:
+    """The last rank refuses the first step, of which the others see no harm."""
+    calls, plain = iter(range(1, 10_000)), Guard.judge
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    def judge(self: Guard, *args: float) -> str | None:
+        return "it is doubted" if next(calls) == 1 and rank == ranks - 1 else plain(self, *args)
+
+    Guard.judge = judge
     run.train(config)
 
 
