@@ -2,7 +2,7 @@
 
 from loglinear.checkpoint.store import CheckpointStore, Snapshot, read_latest
 from loglinear.checkpoint.weights import export_weights, load_exported, load_weights
-from loglinear.checkpoint.zero import check_gradients_by_norm_alone, grad_norm, require_moments
+from loglinear.checkpoint.zero import check_gradients_by_norm_alone, grad_norm
 
 __all__ = [
     "CheckpointStore",
@@ -13,5 +13,4 @@ __all__ = [
     "load_exported",
     "load_weights",
     "read_latest",
-    "require_moments",
 ]

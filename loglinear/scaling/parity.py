@@ -95,6 +95,8 @@ def batch_of(case: Case, seed: int = 0) -> Batch:
     tokens_bt = torch.randint(2, VOCAB, (SAMPLES, case.seq_len + 1), generator=generator)
     if case.packed:
         tokens_bt[torch.rand(tokens_bt.shape, generator=generator) < 0.04] = BOS
+        middle = case.seq_len // 2  # where context ranks may be cut: a document ends there
+        tokens_bt[0, [middle - 5, middle]] = BOS
     return packed(tokens_bt)
 
 

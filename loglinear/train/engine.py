@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.batch import IGNORED, Batch
-from loglinear.checkpoint import check_gradients_by_norm_alone, grad_norm, require_moments
+from loglinear.checkpoint import check_gradients_by_norm_alone, grad_norm
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.model.block import MIXERS
@@ -126,7 +126,6 @@ class Engine:
             if refusals and refusal is None:
                 refusal = "another rank refused it"
             self._verdict = _Verdict(True, refusal)
-            require_moments(self.deepspeed)  # DeepSpeed looks for them after its first step, made or not
         return self._verdict.refusal is None
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:

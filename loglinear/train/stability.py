@@ -118,7 +118,7 @@ def _log(norm: float) -> float:
 
 def _deviation(value: float, window: deque[float], least: Any, size: int) -> float:
     """How far `value` lies above the window's median, in robust deviations; 0 while there is too little to tell."""
-    if len(window) < max(2, size // LEAST_SHARE):
+    if len(window) < size // LEAST_SHARE:
         return 0.0
     middle = median(window)
     spread = NORMAL * median(abs(each - middle) for each in window)

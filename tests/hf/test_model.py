@@ -57,9 +57,9 @@ def test_logits_are_ours_with_every_pattern(pair: Pair) -> None:
     wanted_btv = ours(tokens(2, 150))
     assert wanted_btv.std() > 0.1, "else agreeing would be no feat"
     torch.testing.assert_close(theirs(tokens(2, 150)).logits, wanted_btv, **CLOSE)
-    torch.testing.assert_close(
-        theirs(tokens(2, 150), use_cache=True, logits_to_keep=3).logits, wanted_btv[:, -3:], **CLOSE
-    )
+    for use_cache in (True, False):
+        last_btv = theirs(tokens(2, 150), use_cache=use_cache, logits_to_keep=3).logits
+        torch.testing.assert_close(last_btv, wanted_btv[:, -3:], **CLOSE)
 
 
 def test_untied_embeddings_are_exported(prepared: DataConfig, tmp_path: Path) -> None:
@@ -163,6 +163,12 @@ def test_beams_and_samples_with_a_cache_are_those_without(pair: Pair) -> None:
         assert len({tuple(row.tolist()) for row in written[0]}) == len(written[0])
 
 
+def test_guesses_that_a_cache_could_not_forget_are_refused(pair: Pair) -> None:
+    _, theirs = pair
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        theirs.generate(tokens(1, 40), max_new_tokens=5, prompt_lookup_num_tokens=3)
+
+
 @torch.no_grad()
 def test_padding_on_the_right_changes_nothing_before_it(pair: Pair) -> None:
     _, theirs = pair
@@ -191,8 +197,10 @@ def test_a_cache_holds_a_matrix_for_every_power_of_two(prepared: DataConfig, tmp
     rest = 2 * 2 * 3 * (5 * 2 * 2 + 4 * 6) * 4 + (2 + 1) * 2 * 8  # inputs of the convolutions; positions
     for time in (1, 2, 31, 32, 500, 4000):
         written = theirs(tokens(2, time), use_cache=True, logits_to_keep=1)
-        cache = written.get("cache") or written.get("past_key_values")
+        (name,) = {"cache", "past_key_values"} & set(written)
+        cache = written[name]
         assert size(cache.state) == time.bit_length() * matrices + rest
+        assert theirs(tokens(2, 3), **{name: cache})[name].get_seq_length() == time + 3
         assert cache.get_seq_length() == time
 
 

@@ -18,13 +18,14 @@ import torch
 import loglinear.parallel
 from data_pipeline.batch import IGNORED
 from loglinear.checkpoint.zero import fragments
-from loglinear.config import Config
+from loglinear.config import Config, ParallelConfig
 from loglinear.model import build_model
 from loglinear.model.layers import Documents
 from loglinear.parallel import local_batch, make_mesh, parallel_model, start_world
 from loglinear.parallel.collectives import Pending, count_traffic
 from loglinear.parallel.mesh import Mesh
 from loglinear.parallel.parallelize import parallelize
+from loglinear.parallel.vocabulary import VocabParallelCrossEntropy
 from loglinear.scaling.parity import VOCAB, Case, Differences, batch_of, compare, own_samples
 from loglinear.train import engine as engine_module
 from loglinear.train.engine import Engine
@@ -244,6 +245,26 @@ def count_bytes(seq_lens: list[int], folder: Path) -> None:
             model(*local_batch(tokens_bt, tokens_bt, bounds, mesh)).backward()
         counts.append(dict(traffic))
     (folder / f"rank-{world.rank}").write_text(json.dumps(counts))
+    world.close()
+
+
+def lose_on_large_logits(folder: Path) -> None:
+    """In every rank: the loss of fp32 logits whose exponential overflows, and its gradient, against torch's own."""
+    world, differences = start_world(), Differences(1e-6)
+    axis = make_mesh(world, ParallelConfig(tensor=world.size)).tensor
+    logits_btv = 1000 * torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    labels_bt = torch.arange(18).view(2, 9) % 8
+    labels_bt[0, 4] = IGNORED
+    truth = logits_btv.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(truth.flatten(0, 1), labels_bt.flatten(), reduction="sum")
+    own = logits_btv.chunk(world.size, 2)[world.rank].clone().requires_grad_()
+    loss = VocabParallelCrossEntropy(axis)(own, labels_bt)
+    torch.autograd.backward([expected, loss])
+    assert truth.grad is not None
+    assert own.grad is not None
+    differences.compare("loss", loss.detach(), expected.detach())
+    differences.compare("gradient", own.grad, truth.grad.chunk(world.size, 2)[world.rank])
+    (folder / f"rank-{world.rank}").write_text("\n".join(differences.found))
     world.close()
 
 

@@ -22,6 +22,7 @@ from tests.parallel.parity import (
     BREAKS,
     MESHES,
     count_bytes,
+    lose_on_large_logits,
     note_order,
     run_broken,
     run_cases,
@@ -97,6 +98,10 @@ def test_what_context_ranks_send_does_not_grow_with_the_sequence(tmp_path: Path)
     whole = 4 * ranks * samples * (heads * (state + 1) + (width - 1) * channels)
     for file in tmp_path.glob("rank-*"):
         assert json.loads(file.read_text()) == [{"context": 2 * whole * (ranks - 1) // ranks}] * 3
+
+
+def test_a_loss_over_a_cut_vocabulary_does_not_overflow(tmp_path: Path) -> None:
+    run(2, lose_on_large_logits, tmp_path)
 
 
 def test_weights_gradients_are_computed_while_that_of_the_input_is_summed(tmp_path: Path) -> None:

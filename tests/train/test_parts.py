@@ -19,6 +19,7 @@ from loglinear.errors import UserError
 from loglinear.model import build_model
 from loglinear.ops.peak import PEAK_TFLOPS_BF16, peak_flops
 from loglinear.train.folder import truncate_metrics
+from loglinear.train.level_scales import LevelScaleStatistics
 from loglinear.train.optim import make_optimizer
 from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import ASKING, StopRequest
@@ -100,6 +101,28 @@ def test_only_matrices_decay() -> None:
     assert decayed | others == set(names.values())
     assert {"blocks.0.mixer.q_proj.weight", "embedding.weight", "blocks.1.mlp.down.weight"} <= decayed
     assert {"norm.weight", "blocks.0.mixer.A_log", "blocks.0.mixer.dt_bias", "blocks.0.mixer.D"} <= others
+
+
+def test_lambda_is_taken_at_the_tokens_that_read_a_level() -> None:
+    """A token reads its own level 0, and level l if bit l - 1 of its position is set."""
+    model = build_model(ModelConfig(layers=1, vocab_size=9), seed=0)
+    statistics = LevelScaleStatistics(model)
+    scales: list[torch.Tensor] = []
+    model.blocks[0].mixer.lambda_map.register_forward_hook(lambda module, inputs, output: scales.append(output))
+    with torch.no_grad():
+        torch.nn.init.normal_(model.embedding.weight)
+        for parameter in model.blocks[0].mixer.lambda_map.parameters():
+            parameter.normal_()
+        model(torch.arange(13)[None] % 9)
+        assert not list(statistics.take()), "it was not to record"
+        statistics.recording = True
+        model(torch.arange(13)[None] % 9)
+    found = {level: values for layer, level, values in statistics.take() if layer == 0}
+    readers = {0: range(13), 1: range(1, 13, 2), 2: (2, 3, 6, 7, 10, 11), 3: (4, 5, 6, 7, 12), 4: range(8, 13)}
+    assert set(found) == set(readers)
+    for level, tokens in readers.items():
+        assert found[level].equal(scales[1][0, list(tokens), :, level].flatten())
+    assert not list(statistics.take())
 
 
 def test_phases_add_up_and_start_anew() -> None:

@@ -66,8 +66,9 @@ def test_stopped_twice_by_signals_it_goes_on_bit_for_bit(prepared: DataConfig, r
     config = small_config(tmp_path / "run", prepared)
     run_until(config, 1, 3, signal.SIGTERM)
     run_until(config, 1, 9, signal.SIGINT)
-    finish(config)
+    run_until(config, 1, STEPS, signal.SIGTERM)
     assert_same_run(tmp_path / "run", reference)
+    assert (tmp_path / "run" / "loss.png").exists(), "it has ended, whoever asks it to stop in its last step"
 
 
 def test_killed_at_20_random_moments_it_goes_on_bit_for_bit(

@@ -10,15 +10,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from loglinear.checkpoint import read_latest
+from loglinear.checkpoint.files import complete_checkpoints, step_of
 from loglinear.config import DataConfig, StabilityConfig
-from loglinear.train.run import train
-from loglinear.train.stability import Guard
+from loglinear.errors import UserError
+from loglinear.train.stability import Guard, Rollbacks
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import GLOBAL_BATCH, records, saved_tensors, small_config
 from tests.train.trouble import (
     events,
     flip,
     make_infinite,
+    train_doubted,
     train_poisoned,
     train_scrambled,
     train_struck,
@@ -32,18 +35,32 @@ SENSITIVE = {"window": 8, "spike": 6.0}
 def test_a_poisoned_step_of_one_rank_leaves_all_ranks_untouched(
     prepared: DataConfig, tmp_path: Path, stage: int, precision: str
 ) -> None:
-    """Not finite, or finite but too large; the ranks themselves compare what they own before and after."""
+    """Not finite, or finite but too large; the ranks themselves compare what they own before and after.
+
+    Step 4 was to be saved: the step after it is.
+    """
     train = {"steps": 8, "zero_stage": stage, "precision": precision}
     config = small_config(tmp_path / "run", prepared, train=train, stability=SENSITIVE)
-    assert exit_codes(start_ranks(2, train_poisoned, config, {3: math.nan, 5: math.inf, 7: 1e4})) == [0, 0]
-    assert [record["step"] for record in records(tmp_path / "run") if "refusal" in record] == [3, 5, 7]
+    assert exit_codes(start_ranks(2, train_poisoned, config, {2: math.inf, 4: math.nan, 7: 1e4})) == [0, 0]
+    assert [record["step"] for record in records(tmp_path / "run") if "refusal" in record] == [2, 4, 7]
     found = events(tmp_path / "run")
     assert [(event["event"], event["step"], event["until_sample"]) for event in found] == [
-        ("refused", step, step * GLOBAL_BATCH) for step in (3, 5, 7)
+        ("refused", step, step * GLOBAL_BATCH) for step in (2, 4, 7)
     ]
+    assert [step_of(folder) for folder in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [5, 8]
     assert [event["reason"].split()[0:2] for event in found] == [["the", "loss"]] * 3
     assert "deviations above" in found[-1]["reason"]
     assert all(tensor.isfinite().all() for tensor in saved_tensors(tmp_path / "run").values())
+
+
+def test_what_one_rank_refuses_all_refuse(prepared: DataConfig, tmp_path: Path) -> None:
+    """The first step, before which there are no moments."""
+    config = small_config(tmp_path / "run", prepared, train={"steps": 4, "zero_stage": 2})
+    assert exit_codes(start_ranks(2, train_doubted, config)) == [0, 0]
+    (event,) = events(tmp_path / "run")
+    assert (event["event"], event["step"], event["reason"]) == ("refused", 1, "another rank refused it")
+    snapshot = read_latest(tmp_path / "run" / "checkpoints")
+    assert (snapshot.step, snapshot.state["optimizer_step"], snapshot.state["stability"]["refused"]) == (4, 3, 1)
 
 
 def same_run(folder: Path, reference: Path) -> None:
@@ -54,12 +71,15 @@ def same_run(folder: Path, reference: Path) -> None:
 
 
 WENT_BACK = {"train": {"steps": 16, "zero_stage": 3}}
-POISON = {6: math.nan, 7: math.nan, 8: math.nan}
+POISON = {6: math.nan, 7: math.nan, 8: math.nan, 20: math.nan}
 
 
 @pytest.fixture(scope="module")
 def went_back(prepared: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose steps 6, 7 and 8 are poisoned: back to the checkpoint of step 4, and on with later data."""
+    """A run whose steps 6, 7 and 8 are poisoned: back to the checkpoint of step 4, and on with later data.
+
+    So is its last, 12 calls later: back to that of step 12, for a run does not end with a step that was left out.
+    """
     folder = tmp_path_factory.mktemp("back") / "run"
     config = small_config(folder, prepared, **WENT_BACK)
     assert exit_codes(start_ranks(2, train_poisoned, config, POISON)) == [0, 0]
@@ -70,11 +90,14 @@ def test_a_run_that_went_back_is_one_that_never_saw_those_data(
     prepared: DataConfig, went_back: Path, tmp_path: Path
 ) -> None:
     truth = small_config(tmp_path / "truth", prepared, **WENT_BACK)
-    assert exit_codes(start_ranks(2, train_without, truth, 4, 4)) == [0, 0]
+    assert exit_codes(start_ranks(2, train_without, truth, {4: 4, 12: 4})) == [0, 0]
     same_run(went_back, tmp_path / "truth")
-    *refused, back = events(went_back)
-    assert [event["step"] for event in refused] == [6, 7, 8]
-    assert (back["event"], back["step"], back["to_step"], back["to_sample"]) == ("rolled back", 8, 4, 64)
+    found = events(went_back)
+    assert [event["step"] for event in found if event["event"] == "refused"] == [6, 7, 8, 16]
+    backs = [
+        (event["step"], event["to_step"], event["to_sample"]) for event in found if event["event"] == "rolled back"
+    ]
+    assert backs == [(8, 4, 64), (16, 12, 160)]
 
 
 def test_stopped_after_it_went_back_it_goes_on_bit_for_bit(
@@ -83,7 +106,7 @@ def test_stopped_after_it_went_back_it_goes_on_bit_for_bit(
     stopped = small_config(tmp_path / "stopped", prepared, **WENT_BACK)
     assert exit_codes(start_ranks(2, train_poisoned, stopped, POISON, 10)) == [0, 0]
     assert len(records(tmp_path / "stopped")) < len(records(went_back))
-    assert exit_codes(start_ranks(2, train, stopped)) == [0, 0]
+    assert exit_codes(start_ranks(2, train_poisoned, stopped, {9: math.nan})) == [0, 0]  # calls count anew
     same_run(tmp_path / "stopped", went_back)
 
 
@@ -91,10 +114,15 @@ def test_tensorboard_shows_what_was_refused(went_back: Path) -> None:
     shown = EventAccumulator(str(went_back / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     shown.Reload()
     refused = {event.step: event.value for event in shown.Scalars("stability/refused_steps")}
-    assert (refused[2], refused[4], refused[16]) == (0, 3, 3)
-    assert shown.Scalars("stability/rollbacks")[-1].value == 1
+    assert (refused[2], refused[4], refused[10], refused[12], refused[16]) == (0, 3, 3, 4, 4)
+    assert shown.Scalars("stability/rollbacks")[-1].value == 2
     texts = [event.tensor_proto.string_val[0].decode() for event in shown.Tensors("events/text_summary")]
-    assert texts == ["left out: the loss is nan"] * 3 + ["back from step 8: the loss is nan"]
+    assert texts == [
+        *["left out: the loss is nan"] * 3,
+        "back from step 8: the loss is nan",
+        "left out: the loss is nan",
+        "back from step 16: the loss is nan",
+    ]
 
 
 def test_a_bad_part_of_the_data_is_skipped(prepared: DataConfig, tmp_path: Path) -> None:
@@ -118,12 +146,13 @@ def test_a_flipped_bit_in_a_weight_is_healed_from_the_checkpoint(prepared: DataC
     assert [record["step"] for record in records(tmp_path / "run") if "loss" in record] == list(range(1, 27))
 
 
-def test_weights_that_are_not_finite_are_never_a_checkpoint(prepared: DataConfig, tmp_path: Path) -> None:
-    """One becomes infinite where no loss sees it: between the forward pass of step 8 and the save behind it."""
-    config = small_config(tmp_path / "run", prepared, train={"steps": 12})
-    assert exit_codes(start_ranks(2, train_struck, config, 8, make_infinite)) == [0, 0]
+@pytest.mark.parametrize("step", [6, 8])
+def test_weights_that_are_not_finite_are_never_a_checkpoint(prepared: DataConfig, tmp_path: Path, step: int) -> None:
+    """One becomes infinite where no loss sees it: behind the forward pass of a step that is evaluated, or saved."""
+    config = small_config(tmp_path / "run", prepared, train={"steps": 12}, eval={"every": 6})
+    assert exit_codes(start_ranks(2, train_struck, config, step, make_infinite)) == [0, 0]
     (event,) = events(tmp_path / "run")
-    assert (event["event"], event["step"], event["to_step"]) == ("rolled back", 8, 4)
+    assert (event["event"], event["step"], event["to_step"]) == ("rolled back", step, 4)
     assert event["reason"] == "a weight or moment is not finite"
     assert all(tensor.isfinite().all() for tensor in saved_tensors(tmp_path / "run").values())
 
@@ -146,6 +175,50 @@ def test_a_spike_is_judged_by_median_and_deviation() -> None:
     assert seen.judge(-100.0, 1.0) is None, "lower is no trouble"
     assert seen.judge(5.0, math.exp(0.59)) is None, "deviations of a norm are at least a tenth of its logarithm"
     assert "gradient norm" in str(seen.judge(5.0, math.exp(0.61)))
+
+
+def test_nothing_is_a_spike_before_a_quarter_of_the_window_is_known() -> None:
+    seen = guard([1.0] * 7, [1.0] * 7)
+    assert seen.judge(1e9, 1e9) is None
+    seen.note(1.0, 1.0, None)
+    assert seen.judge(1e9, 1.0) is not None
+    assert seen.judge(1.0, 1e9) is not None
+
+
+def test_deviations_of_a_loss_are_at_least_a_hundredth_of_it() -> None:
+    seen = guard([2.0] * 9, [1.0] * 9)
+    assert seen.judge(2 + 6 * 0.0199, 1.0) is None
+    assert seen.judge(2 + 6 * 0.0201, 1.0) is not None
+
+
+def test_only_the_last_steps_count() -> None:
+    """Losses and norms that were high before the window are spikes now, in a run that was resumed too."""
+    seen = guard([9.0] * 20 + [1.0] * 8, [9.0] * 20 + [1.0] * 8, window=8)
+    again = Guard(StabilityConfig(window=8, spike=6.0), seen.state())
+    for step in range(8):
+        again.note(0.5, 0.5, again.judge(0.5, 0.5))
+        assert (again.judge(5.0, 0.5), again.judge(0.5, 5.0)) != (None, None), step
+    assert again.state()["losses"] == [0.5] * 8
+    assert again.state()["norms"] == pytest.approx([math.log(0.5)] * 8)
+
+
+def test_a_gradient_that_is_not_finite_or_vanishes() -> None:
+    seen = guard([1.0] * 9, [0.0] * 9)
+    assert seen.refused == 0
+    assert seen.judge(1.0, math.inf) == "the gradient norm is inf"
+    assert seen.judge(1.0, math.nan) == "the gradient norm is nan"
+
+
+def test_a_checkpoint_to_go_back_to_for_the_fourth_time_does_not_help(tmp_path: Path) -> None:
+    rollbacks = Rollbacks()
+    for _ in range(3):
+        rollbacks.count(tmp_path / "first", 8, "the loss is nan")
+    with pytest.raises(
+        UserError, match=r"step 9 cannot be trained \(too large\), and going back to .*first 3 times has"
+    ):
+        rollbacks.count(tmp_path / "first", 9, "too large")
+    rollbacks.count(tmp_path / "second", 9, "too large")
+    assert rollbacks.total == 4
 
 
 def test_noise_and_descent_are_no_spikes() -> None:

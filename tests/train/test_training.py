@@ -16,6 +16,7 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.prepared import complete_index
 from loglinear.config import Config, DataConfig
 from loglinear.model import build_model
+from loglinear.train.folder import RunFolder
 from loglinear.train.run import train
 from loglinear.train.schedule import learning_rate
 from tests.processes import exit_codes, start_ranks
@@ -127,6 +128,10 @@ def test_tensorboard_shows_what_was_measured(reference: Path) -> None:
     for tag in ("throughput/tokens_per_second", "throughput/mfu", "memory/peak_GiB"):
         assert set(scalars[tag]) == set(shown)
         assert min(scalars[tag].values()) > 0
+    model = build_model(RunFolder(reference).load_config().model, seed=0)
+    share = 3 * model.flops_per_token(SEQ_LEN) / 1e11  # backward costs twice the forward; train.peak_tflops is 0.1
+    for step, speed in scalars["throughput/tokens_per_second"].items():
+        assert scalars["throughput/mfu"][step] == pytest.approx(share * speed, rel=1e-5)
     for phase in ("data", "forward", "backward", "optimizer"):
         assert set(scalars[f"step_seconds/{phase}"]) == set(shown)
     for level in range(7):  # those that some document of every batch is long enough for

@@ -18,6 +18,7 @@ from loglinear.checkpoint.zero import fragments, optimizer_step
 from loglinear.config import Config
 from loglinear.train import run
 from loglinear.train.engine import Engine
+from loglinear.train.stability import Guard
 
 
 def copies(engine: Any) -> list[torch.Tensor]:
@@ -55,6 +56,18 @@ def train_poisoned(config: Config, bad: Mapping[int, float], stop_after: int | N
     run.train(config)
 
 
+def train_doubted(config: Config) -> None:
+    """The last rank refuses the first step, of which the others see no harm."""
+    calls, plain = iter(range(1, 10_000)), Guard.judge
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    def judge(self: Guard, *args: float) -> str | None:
+        return "it is doubted" if next(calls) == 1 and rank == ranks - 1 else plain(self, *args)
+
+    Guard.judge = judge
+    run.train(config)
+
+
 def train_signalled(config: Config, step: int, number: int) -> None:
     """When `step` begins the last rank gets the signal."""
     rank, ranks, plain = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), run._Run._step
@@ -68,13 +81,13 @@ def train_signalled(config: Config, step: int, number: int) -> None:
     run.train(config)
 
 
-def train_without(config: Config, step: int, window: int) -> None:
-    """Nothing happens, but behind `step` steps the data jump over `window` steps' samples."""
+def train_without(config: Config, jumps: Mapping[int, int]) -> None:
+    """Nothing happens, but behind `step` steps the data jump over `jumps[step]` steps' samples."""
     plain = _Share.numbers
 
     def numbers(self: _Share, index: int) -> range:
-        jumped = index + window * self.micro_batches if index >= step * self.micro_batches else index
-        return plain(self, jumped)
+        jumped = sum(window for step, window in jumps.items() if index >= step * self.micro_batches)
+        return plain(self, index + jumped * self.micro_batches)
 
     _Share.numbers = numbers
     run.train(config)
