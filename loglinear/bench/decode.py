@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loglinear.bench.machine import keep, machine
+from loglinear.bench.machine import chosen_device, keep, machine
 from loglinear.config import Config
 from loglinear.errors import UserError
 from loglinear.model import DecodeState, LanguageModel, build_model
@@ -93,11 +93,11 @@ def bench_decode(
         A point for each model, batch and context.
 
     Raises:
-        UserError: a context is too short to be timed.
+        UserError: a context is too short to be timed, or there is no such device.
     """
     if min(contexts) < WARM_UP + STEPS * TRIES:
         raise UserError(f"a context of {min(contexts)} tokens is too short: time {WARM_UP + STEPS * TRIES} or more")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(device)
     console = Console()
     points = []
     for config in configs:

@@ -12,6 +12,21 @@ from typing import Any
 import torch
 
 from data_pipeline.files import write_json
+from loglinear.errors import UserError
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device called "cpu" or "cuda"; for None a GPU if there is one.
+
+    Raises:
+        UserError: it is neither, or there is no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {name}: take cpu or cuda")
+    if name == "cuda" and not has_gpu:
+        raise UserError("--device cuda: this machine has no CUDA GPU; leave the option out to measure its CPU")
+    return torch.device(name or ("cuda" if has_gpu else "cpu"))
 
 
 def machine(command: str) -> dict[str, str | int]:

@@ -27,7 +27,7 @@ from rich.progress import track
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loglinear.bench.machine import keep, machine
+from loglinear.bench.machine import chosen_device, keep, machine
 from loglinear.config import Config
 from loglinear.model import build_model
 from loglinear.ops.peak import TRAINING_FLOPS, peak_flops
@@ -89,9 +89,9 @@ def bench_model(
         A point for each model and length.
 
     Raises:
-        UserError: the GPU's peak speed is not known.
+        UserError: the GPU's peak speed is not known, or there is no such device.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(device)
     peak = peak_flops(place, configs[0].train.peak_tflops)
     console, points = Console(), []
     for contender in _contenders(configs, place):

@@ -39,12 +39,24 @@ def write_shard(folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> st
         OSError: the disk is full, or cannot be written to.
     """
     path = folder / shard_name(rank)
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(str(error)) from error
+    write_tensors(path, tensors)
     _sync(path)
     return sha256(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, which may be read by whom the umask says; safetensors would let its owner alone.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata)
+        path.chmod(mode)
+    except SafetensorError as error:  # what it makes of a full disk, or of a folder that is not there
+        raise OSError(str(error)) from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

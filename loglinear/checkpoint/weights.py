@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from loglinear.checkpoint import files
@@ -122,10 +121,11 @@ def export_weights(folder: Path, out: Path) -> None:
     weights = whole_weights(folder)
     temporary = out.with_name(out.name + files.TEMPORARY)
     try:
-        save_file(weights, temporary)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_tensors(temporary, weights)
         temporary.replace(out)
     except OSError as error:
-        raise UserError(f"cannot write {out} ({error.strerror}): choose another file") from None
+        raise UserError(f"cannot write {out} ({error.strerror or error}): choose another file") from None
 
 
 def load_exported(path: Path, model: nn.Module) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from safetensors.torch import save_file
 
 from data_pipeline.tokenizer import Tokenizer
 from loglinear.checkpoint import read_latest
+from loglinear.checkpoint.files import write_tensors
 from loglinear.checkpoint.weights import EXPORTED, PREFIX, whole_weights
 from loglinear.config import Config
 from loglinear.errors import UserError
@@ -46,9 +46,8 @@ def export_hf(root: Path, out: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         weights = {PREFIX + name: weight for name, weight in whole_weights(snapshot.folder).items()}
-        save_file(weights, temporary / EXPORTED, metadata={"format": "pt"})
+        write_tensors(temporary / EXPORTED, weights, {"format": "pt"})
         _write_texts(temporary, config, tokenizer, bos_id)
-        shutil.copymode(temporary / "config.json", temporary / EXPORTED)  # safetensors lets its owner alone read
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror or error}): choose another folder") from None

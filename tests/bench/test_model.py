@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from loglinear.bench.machine import chosen_device
 from loglinear.bench.model import Loss, ModelPoint, _Optimizer, _ours, _point, bench_model
 from loglinear.config import Config
+from loglinear.errors import UserError
 from loglinear.model import build_model
 from tests.model.model_cases import awake, random_tokens, tiny
 
@@ -61,6 +63,15 @@ def test_what_does_not_fit_is_tried_with_half_of_the_blocks_recomputed_then_with
     point = _point(replace(contender, build=build), 64, 2, torch.device("cpu"), 0.5e12)
     assert (point.seconds is None) == (recomputed is None)
     assert point.recomputed == (4 if recomputed is None else recomputed)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen_device(None) == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda: this machine has no CUDA GPU"):
+        chosen_device("cuda")
+    with pytest.raises(UserError, match="--device tpu: take cpu or cuda"):
+        chosen_device("tpu")
 
 
 def test_a_timed_step_in_bf16_is_that_of_adamw_on_fp32_weights() -> None:

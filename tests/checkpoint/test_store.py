@@ -56,6 +56,7 @@ def test_a_checkpoint_holds_one_file_a_rank_and_says_what_it_is(sharded: Path) -
     names = {path.name for path in snapshot.folder.iterdir()}
     shards = {f"rank-{rank:05d}.safetensors" for rank in range(3)}
     assert names == shards | {"index.json", "state.json", "COMPLETE"}
+    assert len({path.stat().st_mode for path in snapshot.folder.iterdir()}) == 1, "all may read what one may"
     assert snapshot.step == snapshot.state["step"] == snapshot.state["optimizer_step"] == 13
     assert snapshot.state["data"]["samples"] == 13 * 6
     assert snapshot.state["ranks"] == 3

@@ -68,8 +68,14 @@ def test_the_curve_goes_on_over_another_mesh(
 
 
 def test_an_export_holds_every_weight_in_one_file(stopped: Path, prepared: DataConfig, tmp_path: Path) -> None:
-    out = tmp_path / "model.safetensors"
-    subprocess.run([sys.executable, "-m", "loglinear", "export", str(stopped), str(out)], check=True)
+    out = tmp_path / "new folder" / "model.safetensors"
+    export = [sys.executable, "-m", "loglinear", "export", str(stopped)]
+    subprocess.run([*export, str(out)], check=True)
+    (plain := tmp_path / "plain").touch()
+    assert out.stat().st_mode == plain.stat().st_mode, "whoever may read other files may read this one"
+    refused = subprocess.run([*export, "/proc/model.safetensors"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("loglinear: cannot write /proc/model.safetensors (")
     model = build_model(over(stopped, prepared, (1, 1, 1), 1).model, seed=1)
     load_weights(read_latest(stopped / "checkpoints").folder, model)
     weights = load_file(out)
