@@ -13,6 +13,20 @@ from loglinear.errors import UserError
 PREPARE_COMMAND = "loglinear data prepare CONFIG"
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it, unless they are there: before work whose results go into it.
+
+    Raises:
+        UserError: it cannot be made, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}): name another") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write into the folder {folder}: name another")
+
+
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write `path` atomically, so that a reader or a crash never sees half of it.
 

@@ -313,7 +313,7 @@ def bench_scaling_command(
     from loglinear.config import load_config
     from loglinear.scaling.bench import bench_scaling
 
-    sizes = tuple(map(int, lengths.split(",")))
+    sizes = _numbers("--lengths", lengths)
     bench_scaling([load_config(config) for config in configs], parts.split(","), sizes, tokens, ranks, out)
 
 

@@ -111,6 +111,30 @@ def test_options_of_eval_that_make_no_sense_are_explained(tmp_path: Path, option
     assert refusal(tmp_path, "eval", tmp_path, *options).endswith(sentence + "\n")
 
 
+def test_lengths_that_are_no_numbers_are_explained(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "bench", "scaling", QUICKSTART, "--lengths", "4k")
+    assert said.endswith("--lengths 4k is no list of positive whole numbers: write it as 1024,4096\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "ops", "--out"],
+        ["bench", "data", "--out"],
+        ["bench", "decode", QUICKSTART, "--out"],
+        ["bench", "model", QUICKSTART, "--out"],
+        ["bench", "scaling", QUICKSTART, "--out"],
+        ["profile", QUICKSTART, "--out"],
+        ["experiment", "mqar", "--out"],
+    ],
+    ids=lambda command: " ".join(command[:2]) if command[0] != "profile" else "profile",
+)
+def test_a_folder_that_cannot_be_made_is_named_before_the_work_begins(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").touch()
+    said = refusal(tmp_path, *command, "file/folder")
+    assert said == "loglinear: cannot make the folder file/folder (Not a directory): name another\n"
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
     batch = ("train.global_batch=8", "train.micro_batch=2")
     said = refusal(tmp_path, "plan", QUICKSTART, *batch, "--ranks", "3")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from data_pipeline.files import make_folder
 from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import tokenizer_path
 from data_pipeline.prepare import prepare
@@ -56,7 +57,12 @@ def bench_data(out: Path | None = None) -> list[Speed]:
     Returns:
         Tokenising in bytes of text a second, and loading in tokens a second and process, of samples of 8,192
         tokens in batches of 8.
+
+    Raises:
+        UserError: `out` cannot be written to.
     """
+    if out is not None:
+        make_folder(out)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         data = DataConfig(

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data_pipeline.files import make_folder
 from loglinear.bench.machine import chosen_device, keep, machine
 from loglinear.config import Config
 from loglinear.errors import UserError
@@ -93,11 +94,13 @@ def bench_decode(
         A point for each model, batch and context.
 
     Raises:
-        UserError: a context is too short to be timed, or there is no such device.
+        UserError: a context is too short to be timed, there is no such device, or `out` cannot be written to.
     """
     if min(contexts) < WARM_UP + STEPS * TRIES:
         raise UserError(f"a context of {min(contexts)} tokens is too short: time {WARM_UP + STEPS * TRIES} or more")
     place = chosen_device(device)
+    if out is not None:
+        make_folder(out)
     console = Console()
     points = []
     for config in configs:

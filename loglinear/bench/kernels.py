@@ -21,6 +21,7 @@ from rich.console import Console
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data_pipeline.files import make_folder
 from loglinear.bench.machine import keep
 from loglinear.errors import UserError
 from loglinear.ops import log_linear_attention, num_levels
@@ -67,10 +68,12 @@ def bench_kernels(out: Path | None = None, lengths: tuple[int, ...] = LENGTHS + 
         Median times in milliseconds and peak memory in GB (1e9 bytes), by op and length.
 
     Raises:
-        UserError: there is no CUDA GPU.
+        UserError: there is no CUDA GPU, or `out` cannot be written to.
     """
     if not torch.cuda.is_available():
         raise UserError("bench kernels measures a CUDA GPU, and this machine has none: try `loglinear bench ops`")
+    if out is not None:
+        make_folder(out)
     console = Console()
     ceilings = _ceilings()
     timings = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.files import write_json
+from data_pipeline.files import make_folder, write_json
 from loglinear.errors import UserError
 
 
@@ -50,7 +50,7 @@ def keep(file: Path, about: dict[str, str | int], points: Sequence[Any], **more:
         points: dataclasses.
         more: further entries of the record.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_json(file, {"machine": about, **more, "points": [asdict(point) for point in points]})
 
 

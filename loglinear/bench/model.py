@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data_pipeline.files import make_folder
 from loglinear.bench.machine import chosen_device, keep, machine
 from loglinear.config import Config
 from loglinear.model import build_model
@@ -89,10 +90,12 @@ def bench_model(
         A point for each model and length.
 
     Raises:
-        UserError: the GPU's peak speed is not known, or there is no such device.
+        UserError: the GPU's peak speed is not known, there is no such device, or `out` cannot be written to.
     """
     place = chosen_device(device)
     peak = peak_flops(place, configs[0].train.peak_tflops)
+    if out is not None:
+        make_folder(out)
     console, points = Console(), []
     for contender in _contenders(configs, place):
         own = [length for length in lengths if length <= contender.longest]

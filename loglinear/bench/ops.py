@@ -18,6 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from torch.nn import functional as F
 
+from data_pipeline.files import make_folder
 from loglinear.bench.machine import keep, machine
 from loglinear.ops import log_linear_attention, num_levels
 
@@ -49,7 +50,12 @@ def bench_ops(out: Path | None = None) -> list[Timing]:
 
     Returns:
         Median times in milliseconds, by op and length in tokens.
+
+    Raises:
+        UserError: `out` cannot be written to.
     """
+    if out is not None:
+        make_folder(out)
     console = Console()
     timings = []
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())

@@ -112,7 +112,6 @@ class Group:
         self._trainer.loss_r.sum().item()
 
     def _save(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         about = {"step": self._trainer.step, "seconds": self.seconds, "curves": self.curves}
         state = {name: tensor.cpu() for name, tensor in self._trainer.state().items()}
         write_bytes(self._file, safetensors.torch.save(state, metadata={"about": json.dumps(about)}))

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from data_pipeline.files import make_folder
 from loglinear.errors import UserError
 from loglinear.experiments.console import ExperimentConsole
 from loglinear.experiments.group import Group, GroupPlan
@@ -59,7 +60,7 @@ def run_experiment(name: str, experiment: Experiment, settings: Settings) -> boo
         Whether all of it is finished; otherwise time was over or somebody asked to stop.
 
     Raises:
-        UserError: it has no such mode, or results are of another protocol.
+        UserError: it has no such mode, results are of another protocol, or a folder cannot be written to.
     """
     return _Runner(name, experiment, settings).go()
 
@@ -116,6 +117,8 @@ class _Runner:
             return True
         if self._must_stop():
             return False
+        for folder in (self.settings.out, self.settings.state):
+            make_folder(folder)
         plan = GroupPlan(self.name, phase, mode, missing)
         group = Group(plan, self.experiment, self.data(console), self.device, self.settings.state)
         if not group.train(self._must_stop, console):

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data_pipeline.files import read_json, write_json
+from data_pipeline.files import make_folder, read_json, write_json
 from launch.cluster import ClusterConfig
 from launch.job import JobFolder
 from launch.ranks import LocalRanks, Result
@@ -56,7 +56,7 @@ def bench_scaling(
     for part in parts:
         if part not in PARTS:
             raise UserError(f"there is no part {part!r} of this benchmark: take some of {', '.join(PARTS)}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     console, results = Console(), Results(out)
     ranks = ranks or torch.cuda.device_count() or RANKS_WITHOUT_GPUS
     tasks = make_tasks(configs, parts, lengths, tokens, ranks)

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from data_pipeline.batch import Batch, make_batch
+from data_pipeline.files import make_folder
 from loglinear.config import Config
 from loglinear.parallel import make_mesh, parallel_model, start_world
 from loglinear.train.engine import Engine
@@ -34,8 +35,9 @@ def profile_steps(config: Config, out: Path, steps: int) -> None:
         steps: to record.
 
     Raises:
-        UserError: the configuration does not fit the ranks.
+        UserError: the configuration does not fit the ranks, or `out` cannot be written to.
     """
+    make_folder(out)
     world = start_world()
     mesh = make_mesh(world, config.parallel)
     on_gpu = world.device.type == "cuda"
@@ -51,7 +53,6 @@ def profile_steps(config: Config, out: Path, steps: int) -> None:
                 engine.step(batches, learning_rate(config, step), False, timer)
 
     train(WARM_UP)
-    out.mkdir(parents=True, exist_ok=True)
     if on_gpu:
         torch.cuda.memory._record_memory_history(max_entries=HISTORY)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])

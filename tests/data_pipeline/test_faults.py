@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.background import COMMAND
+from data_pipeline.files import make_folder
 from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import read_index
 from data_pipeline.prepare import prepare
@@ -21,6 +25,7 @@ from data_pipeline.tokenizer import Tokenizer
 from loglinear.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig
 from loglinear.errors import UserError
 from tests.corpus import SEQ_LEN, VOCAB, contents
+from tests.processes import exit_codes
 
 Configure = Callable[..., DataConfig]
 
@@ -35,6 +40,21 @@ def run_prepare(data: DataConfig, most_bytes: int) -> subprocess.CompletedProces
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes)),
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone can become another user")
+def test_a_folder_of_another_user_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+
+        def make() -> None:
+            os.setuid(65534)  # nobody
+            with pytest.raises(UserError, match=r"cannot write into the folder .*: name another"):
+                make_folder(Path(folder))
+
+        user = multiprocessing.get_context("fork").Process(target=make)
+        user.start()
+        assert exit_codes([user]) == [0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
