@@ -33,6 +33,7 @@ TOKENS = 65536  # of a call, unless one sequence is longer
 LENGTHS = tuple(2048 << doubling for doubling in range(7))  # 2K to 131K tokens
 OURS_ONLY = (262144, 524288, 1048576)
 OURS = "log-linear, ours"
+PACKAGES = {"softmax, FlashAttention-3": "flash_attn_interface", "softmax, FlashAttention-4": "flash_attn.cute"}
 
 Op = Callable[..., torch.Tensor]
 
@@ -58,7 +59,9 @@ class Ceilings:
 
 
 def bench_kernels(out: Path | None = None, lengths: tuple[int, ...] = LENGTHS + OURS_ONLY) -> list[Timing]:
-    """Time the kernels, flash-linear-attention's (where installed), cuDNN's and FlashAttention-2, and print a table.
+    """Time the kernels beside cuDNN's and FlashAttention-2, and print a table.
+
+    Where installed also beside flash-linear-attention's, FlashAttention-3 and FlashAttention-4.
 
     Args:
         out: a folder for `kernels.json`, `kernels.md` and the plot `kernels.png`; None writes nothing.
@@ -141,7 +144,17 @@ def _ops() -> dict[str, tuple[Op, Callable[[int, int], tuple[torch.Tensor, ...]]
         ops["log-linear, fla"] = (lambda *leaves: theirs(*leaves)[0], _log_linear_leaves)
     ops["softmax, cuDNN"] = (_softmax(SDPBackend.CUDNN_ATTENTION), _softmax_leaves)
     ops["softmax, FlashAttention-2"] = (_softmax(SDPBackend.FLASH_ATTENTION), _softmax_leaves)
+    for name, package in PACKAGES.items():
+        if _is_installed(package):
+            ops[name] = (_flash(package), _softmax_leaves)
     return ops
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
 
 
 def _leaf(*shape: int) -> torch.Tensor:
@@ -168,6 +181,17 @@ def _softmax(backend: SDPBackend) -> Op:
         q_bhtp, k_bhtp, v_bhtp = (x.transpose(1, 2) for x in leaves)
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q_bhtp, k_bhtp, v_bhtp, is_causal=True).transpose(1, 2)
+
+    return attend
+
+
+def _flash(package: str) -> Op:
+    """Causal attention of [B, T, H, P] by a package that FlashAttention's authors publish."""
+    function = import_module(package).flash_attn_func
+
+    def attend(*leaves: torch.Tensor) -> torch.Tensor:
+        o = function(*leaves, causal=True)
+        return o[0] if isinstance(o, tuple) else o  # some give the logarithms of the sums, too
 
     return attend
 
