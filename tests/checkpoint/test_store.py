@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loglinear.checkpoint import load_weights, read_latest
-from loglinear.checkpoint.files import complete_checkpoints
+from loglinear.checkpoint.files import complete_checkpoints, open_shard, shard_name, write_shard
+from loglinear.checkpoint.random_state import random_state, restore_random_state
 from loglinear.checkpoint.weights import PieceReader
 from loglinear.config import DataConfig
 from loglinear.errors import UserError
@@ -123,6 +124,17 @@ def test_damage_is_named(own: Path, name: str, damage: Callable[[Path], None]) -
     damage(path)
     with pytest.raises(UserError, match=rf"{name} is damaged.*remove the folder .*step-00000013"):
         read_latest(own / "checkpoints")
+
+
+def test_random_numbers_go_on_where_they_were_saved(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    torch.rand(5)
+    write_shard(tmp_path, 0, random_state())
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    with open_shard(tmp_path, shard_name(0)) as shard:
+        restore_random_state(shard)
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_read(tmp_path: Path) -> None:
