@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.files import make_folder, write_json
+from data_pipeline.files import write_json
 from loglinear.errors import UserError
 
 
@@ -45,12 +45,11 @@ def keep(file: Path, about: dict[str, str | int], points: Sequence[Any], **more:
     """Write what was measured so far, since the rest may take long.
 
     Args:
-        file: where it goes, as JSON.
+        file: where it goes, as JSON; its folder is there.
         about: as `machine` gives it.
         points: dataclasses.
         more: further entries of the record.
     """
-    make_folder(file.parent)
     write_json(file, {"machine": about, **more, "points": [asdict(point) for point in points]})
 
 

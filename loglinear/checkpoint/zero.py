@@ -36,7 +36,7 @@ class Fragment:
 
 def fragments(engine: Any) -> Iterator[Fragment]:
     """The pieces that this rank of a DeepSpeed engine owns; its tensor group may hold the same of uncut parameters."""
-    require_moments(engine)
+    _require_moments(engine)
     piece_of = _stage_3_piece if engine.zero_optimization_stage() == 3 else _stage_1_or_2_piece
     for name, parameter in engine.module.named_parameters():
         piece = piece_of(engine, parameter)
@@ -71,13 +71,13 @@ def check_gradients_by_norm_alone(engine: Any) -> None:
 
 def optimizer_step(engine: Any) -> int:
     """How many updates AdamW has made, for its bias correction."""
-    require_moments(engine)
+    _require_moments(engine)
     return int(_inner(engine).state[_masters(engine)[0]]["step"])
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Make AdamW continue as after `step` updates."""
-    require_moments(engine)
+    _require_moments(engine)
     for master in _masters(engine):
         _inner(engine).state[master]["step"].fill_(step)
 
@@ -93,7 +93,7 @@ def _masters(engine: Any) -> list[torch.Tensor]:
     return [master for group in _inner(engine).param_groups for master in group["params"]]
 
 
-def require_moments(engine: Any) -> None:
+def _require_moments(engine: Any) -> None:
     """Create AdamW's state as its first step would, so that it can be saved or filled before."""
     for master in _masters(engine):
         state = _inner(engine).state[master]
