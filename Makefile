@@ -16,7 +16,7 @@ quickstart: $(VENV)/run.stamp  ## Train a small model on the Python standard lib
 	$(BIN)/loglinear train configs/quickstart.yaml
 
 test: $(VENV)/test.stamp  ## Run all tests but SLURM's and a browser's; those for a GPU are skipped without one.
-	$(BIN)/python -m pytest -m "not slurm and not browser" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slurm and not browser" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/test.stamp  ## Run the tests that need a CUDA GPU.
 	$(BIN)/python -m pytest -m gpu

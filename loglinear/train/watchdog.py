@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -28,14 +29,20 @@ class Watchdog:
         self._seconds = seconds
         self._doing, self._deadline = "", float("inf")
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._has_struck = False
 
     def __enter__(self) -> Watchdog:
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._has_struck:
+            # Another rank, as stuck as this one, was the first to end: that is why something failed here.
+            traceback.print_exception(error)
+            self._thread.join()  # which ends this process
         self._closed.set()
         self.rest()
 
@@ -52,6 +59,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
             if time.monotonic() > self._deadline:
+                self._has_struck = True
                 self._report()
                 time.sleep(REPORT_SECONDS)
                 os._exit(EXIT_HUNG)

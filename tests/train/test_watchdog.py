@@ -47,6 +47,21 @@ def test_a_hung_collective_ends_with_the_stack_of_every_rank(tmp_path: Path) -> 
     assert 'test_watchdog.py", line' in said
 
 
+def fail_after_the_report() -> None:
+    """What a rank sees whose partner, hung like itself, ends a moment earlier."""
+    watchdog_module.REPORT_SECONDS = 2.0
+    with Watchdog(0.5) as watchdog:
+        watchdog.beat("waiting for the other rank")
+        time.sleep(1.5)
+        raise ConnectionError("the other rank is gone")
+
+
+def test_a_hung_rank_that_fails_because_another_ended_first_ends_as_hung(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert exit_codes(start_ranks(1, fail_after_the_report, log=log)) == [EXIT_HUNG]
+    assert "ConnectionError: the other rank is gone" in log.read_text()
+
+
 def beat_slowly() -> None:
     watchdog_module.SPARE_SECONDS = 0.5  # so that both watchdogs would strike
     with Watchdog(2.0) as watchdog:
