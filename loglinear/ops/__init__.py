@@ -5,7 +5,8 @@
 """
 
 from loglinear.ops.attention import log_linear_attention
-from loglinear.ops.chunk import chunk_log_linear_attention, final_state
+from loglinear.ops.chunk import chunk_log_linear_attention
+from loglinear.ops.edges import final_state
 from loglinear.ops.fenwick import num_levels
 from loglinear.ops.naive import naive_log_linear_attention
 from loglinear.ops.recurrent import recurrent_log_linear_attention, recurrent_step, recurrent_step_in_place

@@ -6,12 +6,11 @@ chunks, then for every chunk the runs that it reads. This is the path that train
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 
 from loglinear.errors import UserError
-from loglinear.ops.checks import Sequences, check_inputs
+from loglinear.ops.checks import check_inputs
+from loglinear.ops.device import without_autocast
 from loglinear.ops.inter import add_reads, final_buckets, initial_states, run_states
 from loglinear.ops.intra import intra
 from loglinear.ops.layout import to_chunks, to_tokens
@@ -46,7 +45,7 @@ def chunk_log_linear_attention(
     sequences = check_inputs(q, k, v, g, level_scales, initial_state, cu_seqlens)
     initial_count = 0 if initial_state is None else initial_state.buckets.shape[2]
     plan = make_plan(sequences, chunk, initial_count, output_final_state, v.device)
-    with _without_autocast(v.device):
+    with without_autocast(v.device):
         chunks = to_chunks(plan, chunk, q, k, v, g, level_scales, scale)
         runs_xgnrp = run_states(chunks, plan.merges)
         o_cgtrp = add_reads(intra(chunks), chunks, plan.reads, runs_xgnrp)
@@ -59,39 +58,3 @@ def chunk_log_linear_attention(
             return o, None
         buckets = final_buckets(chunks, plan.final, runs_xgnrp, initial_xgnrp, len(sequences.ends))
     return o, LogLinearState(buckets, torch.tensor(sequences.ends))
-
-
-def final_state(
-    k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, positions: torch.Tensor, cu_seqlens: torch.Tensor
-) -> LogLinearState:
-    """What these tokens alone leave in the buckets of sequences that had seen `positions` tokens before them.
-
-    The state after them is this one plus what the state before them becomes. Differentiable.
-
-    Args:
-        k: keys [1, T, G, N].
-        v: values [1, T, H, P].
-        g: log-decay [1, T, H].
-        positions: int64 [S] on the CPU.
-        cu_seqlens: int32 or int64 [S + 1] on the CPU, boundaries of the S sequences' tokens.
-
-    Returns:
-        Buckets [S, H, K, N, P]; those that these tokens do not reach are zero.
-
-    Raises:
-        UserError: shapes, dtypes, devices or boundaries do not fit together.
-    """
-    lengths = check_inputs(k, k, v, g, None, None, cu_seqlens).lengths
-    sequences = Sequences(lengths, tuple(positions.tolist()))
-    plan = make_plan(sequences, CHUNK, 0, True, v.device)
-    assert plan.final is not None
-    with _without_autocast(v.device):
-        chunks = to_chunks(plan, CHUNK, k, k, v, g, None, 1.0)
-        runs_xgnrp = run_states(chunks, plan.merges)
-        buckets = final_buckets(chunks, plan.final, runs_xgnrp, None, len(lengths))
-    return LogLinearState(buckets, torch.tensor(sequences.ends))
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The op chooses its own precision. On the meta device, where memory is counted, autocast does not exist."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -14,6 +14,11 @@ _ON_META: ContextVar[bool] = ContextVar("kernels on the meta device", default=Fa
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether x [...] lies on a GPU, or within `kernels_on_meta` nowhere."""
     return x.is_cuda or (x.is_meta and _ON_META.get())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The op chooses its own precision. On the meta device, where memory is counted, autocast does not exist."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

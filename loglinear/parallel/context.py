@@ -67,14 +67,16 @@ def _own_tails(
     k_btgn: torch.Tensor, v_bthp: torch.Tensor, g_bth: torch.Tensor, documents: CutDocuments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States of the pieces at the samples' ends, the buckets that are sent [B, J, H, N, P], and their log-decay."""
-    k, v, g = (x.index_select(1, documents.tail_tokens) for x in (k_btgn, v_bthp, g_bth))
+    if len(documents.tail_tokens) == v_bthp.shape[1]:  # whole samples: nothing has to be copied
+        k, v, g = k_btgn, v_bthp, g_bth
+    else:
+        k, v, g = (x.index_select(1, documents.tail_tokens) for x in (k_btgn, v_bthp, g_bth))
     state = final_state(k, v, g, positions=documents.tail_starts, cu_seqlens=documents.tails)
     bucket_bj = documents.sent_bj
     sample_bj = torch.arange(documents.samples, device=v.device)[:, None].expand_as(bucket_bj)
     sent_bjhnp = state.buckets.transpose(1, 2)[sample_bj, bucket_bj.clamp(min=0)]
     sent_bjhnp = sent_bjhnp * (bucket_bj >= 0)[..., None, None, None]
-    owner_t = torch.arange(documents.samples).repeat_interleave(documents.tails.diff()).to(v.device)
-    total_bh = g.new_zeros(documents.samples, g.shape[2]).index_add(0, owner_t, g[0])
+    total_bh = torch.stack([tail_th.sum(0) for tail_th in g[0].split(documents.tails.diff().tolist())])
     return sent_bjhnp, total_bh
 
 

@@ -7,17 +7,17 @@ p value head size, l level, c chunk (row of the tables), x run, s sequence, k bu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
 
 from loglinear.ops.checks import Sequences, check_inputs
+from loglinear.ops.device import without_autocast
+from loglinear.ops.edges import read_initial_state, state_after
 from loglinear.ops.plan import plan_counts
 from loglinear.ops.state import LogLinearState
 from loglinear.ops.triton.config import LARGEST_FP32_STATE, LEAST_VALUE, STATE_SIZES, VALUE_SIZES, Sizes
 from loglinear.ops.triton.decay_backward import decay_gradients
-from loglinear.ops.triton.edges import final_state, read_initial_state
 from loglinear.ops.triton.intra_backward import intra_gradients
 from loglinear.ops.triton.keys import key_gradients
 from loglinear.ops.triton.operator import operator
@@ -67,10 +67,10 @@ def triton_log_linear_attention(
     values = v.shape[3]
     padded_thp = v_thp if values >= LEAST_VALUE else F.pad(v_thp, (0, LEAST_VALUE - values))
     o_thp = _forward(q_tgn, k_tgn, padded_thp, g_th, scales_thl, lengths, starts, scale)[0][..., :values]
-    with nullcontext() if v.is_meta else torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device):
         if initial_state is not None:
             o_thp = read_initial_state(o_thp, q_tgn, g_th, scales_thl, scale, initial_state, sequences)
-        state = final_state(k_tgn, v_thp, g_th, initial_state, sequences) if output_final_state else None
+        state = state_after(k_tgn, v_thp, g_th, initial_state, sequences) if output_final_state else None
     return o_thp.reshape(v.shape).to(v.dtype), state
 
 

@@ -1,0 +1,238 @@
+"""The state handed in and out of a call: one matrix product for each bucket, and no more memory than they need.
+
+What is as large as the outputs is made again in the backward pass. bf16 is multiplied as it is and summed in fp32.
+
+Shapes: t time (of all sequences, one after the other; in a product: of one bucket's tokens), h value head, g query/key
+group, r head within its group, n state (key) size, p value head size, f = r p, l level, s sequence, k bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from loglinear.ops.checks import Sequences, check_inputs, compute_dtype
+from loglinear.ops.device import without_autocast
+from loglinear.ops.fenwick import bucket_start
+from loglinear.ops.state import LogLinearState
+
+
+class _Place(NamedTuple):
+    """A bucket of a sequence, and the tokens that it takes in or that read it."""
+
+    tokens: slice
+    sequence: int
+    bucket: int
+
+
+def read_initial_state(
+    o_thp: torch.Tensor,
+    q_tgn: torch.Tensor,
+    g_th: torch.Tensor,
+    scales_thl: torch.Tensor | None,
+    scale: float,
+    state: LogLinearState,
+    sequences: Sequences,
+) -> torch.Tensor:
+    """o [T, H, P] plus what every query reads from the buckets of its sequence's initial state."""
+    places, weights = tuple(_initial_places(sequences)), []
+    decays = [_sum_from_start(g_th[now]).exp() * scale for now in _slices(sequences)]
+    for now, number, bucket in places:
+        weight_th = decays[number]
+        if scales_thl is not None:
+            start, end = sequences.starts[number], sequences.ends[number]
+            since_t = torch.arange(start, end, device=g_th.device) ^ bucket_start(start, bucket)
+            level_t = torch.frexp(since_t.double()).exponent.long()  # its bit length, without leaving the device
+            level_th1 = level_t[:, None, None].expand(-1, scales_thl.shape[1], 1)
+            weight_th = weight_th * scales_thl[now].gather(2, level_th1).squeeze(2)
+        weights.append(weight_th)
+    return _AddReads.apply(o_thp, q_tgn, state.buckets, places, *weights)
+
+
+class _AddReads(torch.autograd.Function):
+    """o[tokens] += weight * q^T S for every place."""
+
+    @staticmethod
+    def forward(ctx, o_thp, q_tgn, buckets_shknp, places, *weights):
+        ctx.save_for_backward(q_tgn, buckets_shknp, *weights)
+        ctx.places = places
+        total_thp = o_thp.to(compute_dtype(o_thp), copy=True)
+        for place, weight_th in zip(places, weights, strict=True):
+            read_gtf = _product(q_tgn[place.tokens].transpose(0, 1), _bucket(buckets_shknp, place, q_tgn))
+            total_thp[place.tokens].addcmul_(_by_time(read_gtf, o_thp), weight_th[..., None])
+        return total_thp.to(o_thp.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do_thp):
+        q_tgn, buckets_shknp, *weights = ctx.saved_tensors
+        dq_tgn = torch.zeros_like(q_tgn, dtype=compute_dtype(q_tgn))
+        dbuckets_shknp, dweights = torch.zeros_like(buckets_shknp), []
+        for place, weight_th in zip(ctx.places, weights, strict=True):
+            q_gtn, do_now_thp = q_tgn[place.tokens].transpose(0, 1), do_thp[place.tokens]
+            bucket_gnf = _bucket(buckets_shknp, place, q_tgn)
+            dweights.append((_by_time(_product(q_gtn, bucket_gnf), do_thp) * do_now_thp).sum(2))
+            dread_gtf = _by_group(do_now_thp * weight_th[..., None], q_tgn)
+            dq_tgn[place.tokens] += _product(dread_gtf, bucket_gnf.transpose(1, 2)).transpose(0, 1)
+            dbuckets_shknp[place.sequence, :, place.bucket] = _by_head(
+                _product(q_gtn.transpose(1, 2), dread_gtf), do_thp
+            )
+        return do_thp, dq_tgn.to(q_tgn.dtype), dbuckets_shknp, None, *dweights
+
+
+def final_state(
+    k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, positions: torch.Tensor, cu_seqlens: torch.Tensor
+) -> LogLinearState:
+    """What these tokens alone leave in the buckets of sequences that had seen `positions` tokens before them.
+
+    The state after them is this one plus what the state before them becomes. Differentiable.
+
+    Args:
+        k: keys [1, T, G, N].
+        v: values [1, T, H, P].
+        g: log-decay [1, T, H].
+        positions: int64 [S] on the CPU.
+        cu_seqlens: int32 or int64 [S + 1] on the CPU, boundaries of the S sequences' tokens.
+
+    Returns:
+        Buckets [S, H, K, N, P]; those that these tokens do not reach are zero.
+
+    Raises:
+        UserError: shapes, dtypes, devices or boundaries do not fit together.
+    """
+    lengths = check_inputs(k, k, v, g, None, None, cu_seqlens).lengths
+    return state_after(k[0], v[0], g[0], None, Sequences(lengths, tuple(positions.tolist())))
+
+
+def state_after(
+    k_tgn: torch.Tensor,
+    v_thp: torch.Tensor,
+    g_th: torch.Tensor,
+    initial: LogLinearState | None,
+    sequences: Sequences,
+) -> LogLinearState:
+    """The buckets after the last token of every sequence, at least fp32: sums of exp(G_end - G_s) k_s v_s^T."""
+    count = max(max(sequences.ends).bit_length(), 0 if initial is None else initial.buckets.shape[2])
+    with without_autocast(v_thp.device):
+        weight_th = torch.cat([_sum_to_end(g_th[now]) for now in _slices(sequences)]).exp()
+        buckets_shknp = _OuterSums.apply(
+            k_tgn, v_thp, weight_th, tuple(_final_places(sequences)), count, len(sequences.ends)
+        )
+        if initial is not None:
+            _add_what_was_there(buckets_shknp, initial, g_th, sequences)
+    return LogLinearState(buckets_shknp, torch.tensor(sequences.ends))
+
+
+def _add_what_was_there(
+    buckets_shknp: torch.Tensor, initial: LogLinearState, g_th: torch.Tensor, sequences: Sequences
+) -> None:
+    """Add to the final buckets those of the initial state, decayed, each to the one that it is a part of by then."""
+    for now, number, bucket in _initial_places(sequences):
+        start, end = sequences.starts[number], sequences.ends[number]
+        home = (end ^ bucket_start(start, bucket)).bit_length() - 1
+        decay_h11 = g_th[now].sum(0).exp()[:, None, None]
+        buckets_shknp[number, :, home] += decay_h11 * initial.buckets[number, :, bucket]
+
+
+class _OuterSums(torch.autograd.Function):
+    """S = sum over a place's tokens of weight * k v^T, for every place: [S, H, K, N, P]."""
+
+    @staticmethod
+    def forward(ctx, k_tgn, v_thp, weight_th, places, count, sequences):
+        ctx.save_for_backward(k_tgn, v_thp, weight_th)
+        ctx.places = places
+        shape = sequences, v_thp.shape[1], count, k_tgn.shape[2], v_thp.shape[2]
+        buckets_shknp = v_thp.new_zeros(shape, dtype=compute_dtype(k_tgn, v_thp, weight_th))
+        for place in places:
+            now = place.tokens
+            weighted_gtf = _by_group(v_thp[now] * weight_th[now, :, None], k_tgn)
+            sum_gnf = _product(k_tgn[now].permute(1, 2, 0), weighted_gtf)
+            buckets_shknp[place.sequence, :, place.bucket] = _by_head(sum_gnf, v_thp)
+        return buckets_shknp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dbuckets_shknp):
+        k_tgn, v_thp, weight_th = ctx.saved_tensors
+        dk_tgn, dv_thp, dweight_th = map(torch.zeros_like, (k_tgn, v_thp, weight_th))
+        for place in ctx.places:
+            now = place.tokens
+            dsum_gnf = _bucket(dbuckets_shknp, place, k_tgn)
+            weighted_gtf = _by_group(v_thp[now] * weight_th[now, :, None], k_tgn)
+            dk_tgn[now] = _product(weighted_gtf, dsum_gnf.transpose(1, 2)).transpose(0, 1).to(k_tgn.dtype)
+            dweighted_thp = _by_time(_product(k_tgn[now].transpose(0, 1), dsum_gnf), v_thp)
+            dv_thp[now] = (dweighted_thp * weight_th[now, :, None]).to(v_thp.dtype)
+            dweight_th[now] = (dweighted_thp * v_thp[now]).sum(2).to(weight_th.dtype)
+        return dk_tgn, dv_thp, dweight_th, None, None, None
+
+
+def _initial_places(sequences: Sequences) -> Iterator[_Place]:
+    """Every bucket that holds tokens at a sequence's start, and all tokens of the sequence."""
+    for number, now in enumerate(_slices(sequences)):
+        yield from (_Place(now, number, bucket) for bucket in _occupied(sequences.starts[number]))
+
+
+def _final_places(sequences: Sequences) -> Iterator[_Place]:
+    """Every bucket that holds tokens of this call at a sequence's end; each token is in one of them."""
+    for number, now in enumerate(_slices(sequences)):
+        start, end = sequences.starts[number], sequences.ends[number]
+        for bucket in _occupied(end):
+            first = bucket_start(end, bucket) - start
+            last = first + (1 << bucket)
+            if last > 0:
+                yield _Place(slice(now.start + max(first, 0), now.start + last), number, bucket)
+
+
+def _slices(sequences: Sequences) -> Iterator[slice]:
+    first = 0
+    for length in sequences.lengths:
+        yield slice(first, first + length)
+        first += length
+
+
+def _occupied(position: int) -> list[int]:
+    """The buckets that hold tokens after `position` tokens."""
+    return [bucket for bucket in range(position.bit_length()) if position >> bucket & 1]
+
+
+def _sum_from_start(g_th: torch.Tensor) -> torch.Tensor:
+    """Log-decay from the start to each token's end; time is innermost for the scan, which is faster there."""
+    return g_th.t().contiguous().cumsum(1).t()
+
+
+def _sum_to_end(g_th: torch.Tensor) -> torch.Tensor:
+    """Log-decay from each token's end to the last token's: a sum of its own, not a difference of two."""
+    later_ht = torch.nn.functional.pad(g_th[1:].t(), (0, min(1, len(g_th))))
+    return later_ht.flip(1).cumsum(1).flip(1).t()
+
+
+def _product(a_gmx: torch.Tensor, b_gxn: torch.Tensor) -> torch.Tensor:
+    """a b of every group, at least fp32."""
+    if a_gmx.dtype == b_gxn.dtype == torch.bfloat16 and a_gmx.device.type != "cpu":
+        return torch.bmm(a_gmx, b_gxn, out_dtype=torch.float32)
+    dtype = compute_dtype(a_gmx, b_gxn)
+    return torch.bmm(a_gmx.to(dtype), b_gxn.to(dtype))
+
+
+def _bucket(buckets_shknp: torch.Tensor, place: _Place, q_tgn: torch.Tensor) -> torch.Tensor:
+    """The bucket of a place as [G, N, F], in the dtype of the queries or keys that it is multiplied by."""
+    bucket_grnp = buckets_shknp[place.sequence, :, place.bucket].unflatten(0, (q_tgn.shape[1], -1))
+    return bucket_grnp.to(q_tgn.dtype).transpose(1, 2).flatten(2)
+
+
+def _by_head(x_gnf: torch.Tensor, v_thp: torch.Tensor) -> torch.Tensor:
+    """[G, N, F] as [H, N, P]."""
+    return x_gnf.unflatten(2, (-1, v_thp.shape[2])).transpose(1, 2).flatten(0, 1)
+
+
+def _by_time(x_gtf: torch.Tensor, v_thp: torch.Tensor) -> torch.Tensor:
+    """[G, T, F] as [T, H, P]."""
+    return x_gtf.transpose(0, 1).reshape(-1, *v_thp.shape[1:])
+
+
+def _by_group(x_thp: torch.Tensor, q_tgn: torch.Tensor) -> torch.Tensor:
+    """[T, H, P] as [G, T, F], in q's dtype."""
+    return x_thp.to(q_tgn.dtype).flatten(1).unflatten(1, (q_tgn.shape[1], -1)).transpose(0, 1)
