@@ -11,7 +11,8 @@ import torch
 from loglinear.errors import UserError
 from loglinear.ops.checks import check_inputs
 from loglinear.ops.device import without_autocast
-from loglinear.ops.inter import add_reads, final_buckets, initial_states, run_states
+from loglinear.ops.edges import read_initial_state, state_after
+from loglinear.ops.inter import add_reads, run_states
 from loglinear.ops.intra import intra
 from loglinear.ops.layout import to_chunks, to_tokens
 from loglinear.ops.plan import make_plan
@@ -43,18 +44,13 @@ def chunk_log_linear_attention(
     if chunk < 1 or chunk & (chunk - 1):
         raise UserError(f"chunk is {chunk}, but must be a power of two, because chunks are buckets of tokens")
     sequences = check_inputs(q, k, v, g, level_scales, initial_state, cu_seqlens)
-    initial_count = 0 if initial_state is None else initial_state.buckets.shape[2]
-    plan = make_plan(sequences, chunk, initial_count, output_final_state, v.device)
+    plan = make_plan(sequences, chunk, v.device)
     with without_autocast(v.device):
         chunks = to_chunks(plan, chunk, q, k, v, g, level_scales, scale)
-        runs_xgnrp = run_states(chunks, plan.merges)
-        o_cgtrp = add_reads(intra(chunks), chunks, plan.reads, runs_xgnrp)
-        initial_xgnrp = None
+        o_thp = to_tokens(plan, add_reads(intra(chunks), chunks, plan.reads, run_states(chunks, plan.merges)))
+        q_tgn, k_tgn, v_thp, g_th = (x.to(o_thp.dtype).flatten(0, 1) for x in (q, k, v, g))
         if initial_state is not None:
-            initial_xgnrp = initial_states(initial_state.buckets, chunks)
-            o_cgtrp = add_reads(o_cgtrp, chunks, plan.initial_reads, initial_xgnrp)
-        o = to_tokens(plan, o_cgtrp).view(v.shape).to(v.dtype)
-        if plan.final is None:
-            return o, None
-        buckets = final_buckets(chunks, plan.final, runs_xgnrp, initial_xgnrp, len(sequences.ends))
-    return o, LogLinearState(buckets, torch.tensor(sequences.ends))
+            scales_thl = None if level_scales is None else level_scales.flatten(0, 1)
+            o_thp = read_initial_state(o_thp, q_tgn, g_th, scales_thl, scale, initial_state, sequences)
+        state = state_after(k_tgn, v_thp, g_th, initial_state, sequences) if output_final_state else None
+    return o_thp.view(v.shape).to(v.dtype), state

@@ -49,10 +49,10 @@ def read_initial_state(
             level_th1 = level_t[:, None, None].expand(-1, scales_thl.shape[1], 1)
             weight_th = weight_th * scales_thl[now].gather(2, level_th1).squeeze(2)
         weights.append(weight_th)
-    return _AddReads.apply(o_thp, q_tgn, state.buckets, places, *weights)
+    return _ReadBuckets.apply(o_thp, q_tgn, state.buckets, places, *weights)
 
 
-class _AddReads(torch.autograd.Function):
+class _ReadBuckets(torch.autograd.Function):
     """o[tokens] += weight * q^T S for every place."""
 
     @staticmethod

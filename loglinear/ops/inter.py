@@ -1,7 +1,7 @@
-"""What the chunked op reads across chunks: states of runs of chunks, and the state handed in and out.
+"""What the chunked op reads across chunks: states of runs of chunks.
 
 Shapes: c chunk (row of the plan), t slot, g query/key group, r head within its group, n state (key) size,
-p value head size, l level, x run, m pair of a row and a state that it reads, s sequence, k bucket.
+p value head size, l level, x run, m pair of a row and a state that it reads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from loglinear.ops.layout import Chunks, slices
-from loglinear.ops.plan import Final, Merges, Parts, Reads
+from loglinear.ops.plan import Merges, Reads
 
 
 def run_states(chunks: Chunks, merges: Merges) -> torch.Tensor:
@@ -82,12 +82,6 @@ class _RunStates(torch.autograd.Function):
         return dk_cgtn, dv_cgtrp, dto_end_cgrt, dgap_ygr, None
 
 
-def initial_states(buckets_shknp: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-    """The buckets of an initial state as states that rows read: [S * K, G, N, R, P]."""
-    buckets = buckets_shknp.to(chunks.v_cgtrp.dtype).unflatten(1, (chunks.v_cgtrp.shape[1], -1))
-    return buckets.permute(0, 3, 1, 4, 2, 5).flatten(0, 1)
-
-
 def add_reads(o_cgtrp: torch.Tensor, chunks: Chunks, reads: Reads, states_xgnrp: torch.Tensor) -> torch.Tensor:
     """Add q^T S, decayed and scaled, for every pair of a row and a state, to the outputs, in place."""
     if len(reads.row) == 0:
@@ -95,18 +89,10 @@ def add_reads(o_cgtrp: torch.Tensor, chunks: Chunks, reads: Reads, states_xgnrp:
     exponent_mgrt = chunks.decay_cgrt.index_select(0, reads.row) + chunks.gap(reads.since, reads.row)[..., None]
     weights_mgrt = exponent_mgrt.exp()
     if chunks.scales_clgrt is not None:
-        weights_mgrt = weights_mgrt * _scales_of(reads, chunks.scales_clgrt)
+        levels = chunks.scales_clgrt.shape[1]
+        scales_mgrt = chunks.scales_clgrt.flatten(0, 1).index_select(0, reads.row * levels + reads.level)
+        weights_mgrt = weights_mgrt * scales_mgrt
     return _AddReads.apply(o_cgtrp, chunks.q_cgtn, states_xgnrp, weights_mgrt, reads.row, reads.source)
-
-
-def _scales_of(reads: Reads, scales_clgrt: torch.Tensor) -> torch.Tensor:
-    """The level scale of each pair and slot: [M, G, R, T]."""
-    if reads.level.ndim == 1:
-        levels = scales_clgrt.shape[1]
-        return scales_clgrt.flatten(0, 1).index_select(0, reads.row * levels + reads.level)
-    scales_mlgrt = scales_clgrt.index_select(0, reads.row)
-    level_m1grt = reads.level[:, None, None, None].expand(-1, 1, *scales_mlgrt.shape[2:])
-    return scales_mlgrt.gather(1, level_m1grt).squeeze(1)
 
 
 class _AddReads(torch.autograd.Function):
@@ -141,29 +127,3 @@ class _AddReads(torch.autograd.Function):
             dstates_mgnf = q_mgtn.transpose(2, 3) @ dread_mgtf
             dstates_xgnrp.index_add_(0, source[m], dstates_mgnf.unflatten(3, do_cgtrp.shape[3:]))
         return do_cgtrp, dq_cgtn, dstates_xgnrp, dweights_mgrt, None, None
-
-
-def final_buckets(
-    chunks: Chunks,
-    final: Final,
-    states_xgnrp: torch.Tensor,
-    initial_xgnrp: torch.Tensor | None,
-    sequences: int,
-) -> torch.Tensor:
-    """The buckets after the last token of each sequence: [S, H, K, N, P]."""
-    total_xgnrp = states_xgnrp.new_zeros(sequences * final.buckets, *states_xgnrp.shape[1:])
-    total_xgnrp = _add_parts(total_xgnrp, chunks, final.runs, states_xgnrp)
-    if initial_xgnrp is not None:
-        total_xgnrp = _add_parts(total_xgnrp, chunks, final.initial, initial_xgnrp)
-    row, holds = final.tails.row, final.tails.holds
-    decay_mgrt = chunks.decay_cgrt.index_select(0, row)
-    to_end_mgrt = (decay_mgrt[..., -1:] - decay_mgrt).masked_fill(~holds[:, None, None], -torch.inf)
-    tails_mgnrp = _outer(chunks.k_cgtn.index_select(0, row), chunks.v_cgtrp.index_select(0, row), to_end_mgrt)
-    total_xgnrp = total_xgnrp.index_add(0, final.tails.target, tails_mgnrp)
-    return total_xgnrp.unflatten(0, (sequences, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).contiguous()
-
-
-def _add_parts(total_xgnrp: torch.Tensor, chunks: Chunks, parts: Parts, states_xgnrp: torch.Tensor) -> torch.Tensor:
-    states_mgnrp = states_xgnrp.index_select(0, parts.source)
-    gap_mgr = chunks.gap(parts.since, parts.until)
-    return total_xgnrp.index_add(0, parts.target, states_mgnrp * _per_state(gap_mgr.exp()))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from loglinear.ops.checks import Sequences
-from loglinear.ops.fenwick import bit_length, bucket_start, set_bits
+from loglinear.ops.fenwick import set_bits
 
 Table = torch.Tensor  # int64 with one dimension, unless said otherwise
 
@@ -44,36 +44,7 @@ class Reads:
     row: Table
     source: Table
     since: Table
-    level: Table  # of the pair; [pairs, C] for an initial state, whose level may differ between slots
-
-
-@dataclass(frozen=True)
-class Parts:
-    """States that are added to buckets of the final state, `target` = sequence * K + bucket."""
-
-    source: Table
-    since: Table
-    until: Table
-    target: Table
-
-
-@dataclass(frozen=True)
-class Tails:
-    """Buckets of the final state below one chunk: some slots of a sequence's last row."""
-
-    row: Table
-    holds: torch.Tensor  # bool [entries, C], the slots of the bucket
-    target: Table
-
-
-@dataclass(frozen=True)
-class Final:
-    """Where the buckets of the final state come from."""
-
-    buckets: int  # K
-    runs: Parts  # source: a run
-    initial: Parts  # source: sequence * K_initial + bucket
-    tails: Tails
+    level: Table
 
 
 @dataclass(frozen=True)
@@ -84,44 +55,29 @@ class Plan:
     slots: Table | None  # slot of every token among rows * C; None when tokens fill the rows exactly
     merges: Merges
     reads: Reads  # source: a run
-    initial_reads: Reads  # source: sequence * K_initial + bucket
-    final: Final | None
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the cache outlives the caller's mode, and autograd refuses tables made in inference mode
-def make_plan(sequences: Sequences, chunk: int, initial_buckets: int, final_state: bool, device: torch.device) -> Plan:
+def make_plan(sequences: Sequences, chunk: int, device: torch.device) -> Plan:
     """The plan for these lengths and starts, with its tables on `device`.
 
     Args:
         sequences: lengths and starts, in tokens.
         chunk: tokens in a chunk, a power of two.
-        initial_buckets: K of the initial state, 0 without one.
-        final_state: whether the final state is wanted.
         device: where the tables go.
     """
-    layout = _Layout(sequences, chunk, final_state)
+    layout = _Layout(sequences, chunk)
 
     def put(tables: Iterable[np.ndarray]) -> list[torch.Tensor]:
         return [torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in tables]
 
-    final = None
-    if final_state:
-        buckets = max(initial_buckets, int(layout.ends.max()).bit_length())
-        final = Final(
-            buckets,
-            runs=Parts(*put(_final_runs(layout, buckets))),
-            initial=Parts(*put(_final_initial(layout, initial_buckets, buckets))),
-            tails=Tails(*put(_final_tails(layout, buckets))),
-        )
     slots = _slots(layout)
     return Plan(
         rows=layout.rows,
         slots=None if len(slots) == layout.rows * chunk else put([slots])[0],
         merges=Merges(layout.slices(), *put(_merges(layout))),
         reads=Reads(*put(_reads(layout))),
-        initial_reads=Reads(*put(_initial_reads(layout, initial_buckets))),
-        final=final,
     )
 
 
@@ -135,8 +91,8 @@ class Counts(NamedTuple):
 
 
 def plan_counts(sequences: Sequences, chunk: int) -> Counts:
-    """What `make_plan` would list for these sequences without a final state, known without making any tensor."""
-    layout = _Layout(sequences, chunk, False)
+    """What `make_plan` would list for these sequences, known without making any tensor."""
+    layout = _Layout(sequences, chunk)
     pairs, runs = (int(layout.run_counts[heights].sum()) for heights in (slice(1, 2), slice(None)))
     return Counts(layout.rows, pairs, runs, len(_reads(layout)[0]))
 
@@ -144,7 +100,7 @@ def plan_counts(sequences: Sequences, chunk: int) -> Counts:
 class _Layout:
     """Rows, runs and boundaries. A chunk or run is named by its sequence and its index from position 0."""
 
-    def __init__(self, sequences: Sequences, chunk: int, final_state: bool) -> None:
+    def __init__(self, sequences: Sequences, chunk: int) -> None:
         self.chunk = chunk
         self.lengths = np.array(sequences.lengths, dtype=np.int64)
         self.starts = np.array(sequences.starts, dtype=np.int64)
@@ -153,16 +109,14 @@ class _Layout:
         row_counts = np.where(self.lengths > 0, -(-self.ends // chunk) - self.first, 0)
         self.rows = int(row_counts.sum())
         self.base = np.cumsum(row_counts) - row_counts  # boundary before each sequence
-        self.limit = self.base + row_counts  # boundary after it
         self.row_sequence, self.row_chunk = _ranges(self.first, row_counts)
 
-        # Only runs that somebody reads are built: the last reader is the last chunk, or whoever follows the end.
-        last_reader = (self.ends if final_state else self.ends - 1) // chunk
-        self.last_reader = np.where(self.lengths > 0, last_reader, self.first)
-        self.heights = max(1, int((self.last_reader ^ self.first).max()).bit_length())
+        # Only runs that somebody reads are built: the last reader is the last chunk.
+        last_reader = np.where(self.lengths > 0, (self.ends - 1) // chunk, self.first)
+        self.heights = max(1, int((last_reader ^ self.first).max()).bit_length())
         height = np.arange(self.heights)[:, None]
         self.first_run = self.first >> height  # [heights, sequences]
-        self.run_counts = (self.last_reader >> height) - self.first_run
+        self.run_counts = (last_reader >> height) - self.first_run
         self.run_counts[0] = row_counts
         before = np.cumsum(self.run_counts).reshape(self.run_counts.shape) - self.run_counts
         self.run_zero = before - self.first_run  # id that the run with index 0 has, or would have
@@ -216,39 +170,3 @@ def _merges(layout: _Layout) -> tuple[np.ndarray, ...]:
 def _reads(layout: _Layout) -> tuple[np.ndarray, ...]:
     row, run, since, height = layout.runs_before(layout.row_sequence, layout.row_chunk)
     return row, run, since, layout.chunk.bit_length() + height
-
-
-def _initial_reads(layout: _Layout, initial_buckets: int) -> tuple[np.ndarray, ...]:
-    """Every row of a sequence reads each occupied bucket of its initial state."""
-    bucket, row = set_bits(layout.starts[layout.row_sequence], initial_buckets)
-    sequence = layout.row_sequence[row]
-    start, end = layout.starts[sequence, None], layout.ends[sequence, None]
-    time = layout.row_chunk[row, None] * layout.chunk + np.arange(layout.chunk)
-    time = np.clip(time, start, end - 1)  # a padding slot repeats its neighbour's level
-    level = bit_length(time ^ bucket_start(start, bucket[:, None]))
-    return row, sequence * initial_buckets + bucket, layout.base[sequence], level
-
-
-def _final_runs(layout: _Layout, buckets: int) -> tuple[np.ndarray, ...]:
-    """Buckets of whole chunks: what a query after the end would read."""
-    sequence, run, since, height = layout.runs_before(np.arange(len(layout.ends)), layout.last_reader)
-    bucket = layout.chunk.bit_length() - 1 + height
-    return run, since, layout.limit[sequence], sequence * buckets + bucket
-
-
-def _final_initial(layout: _Layout, initial_buckets: int, buckets: int) -> tuple[np.ndarray, ...]:
-    """The bucket of the final state in which each initial bucket ends up."""
-    bucket, sequence = set_bits(layout.starts, initial_buckets)
-    home = bit_length(layout.ends[sequence] ^ bucket_start(layout.starts[sequence], bucket)) - 1
-    source = sequence * initial_buckets + bucket
-    return source, layout.base[sequence], layout.limit[sequence], sequence * buckets + home
-
-
-def _final_tails(layout: _Layout, buckets: int) -> tuple[np.ndarray, ...]:
-    """Buckets of less than a chunk lie in the last row of a sequence that does not fill it."""
-    tail = np.where(layout.lengths > 0, layout.ends % layout.chunk, 0)
-    bucket, sequence = set_bits(tail, layout.chunk.bit_length() - 1)
-    first = bucket_start(tail[sequence], bucket)[:, None]
-    slot = np.arange(layout.chunk)
-    holds = (slot >= first) & (slot < first + (1 << bucket)[:, None])
-    return layout.limit[sequence] - 1, holds, sequence * buckets + bucket

@@ -54,7 +54,7 @@ class Tables:
 @lru_cache(maxsize=64)
 def make_tables(sequences: Sequences, device: torch.device) -> Tables:
     """The tables for sequences of these lengths and starts, in tokens."""
-    plan = make_plan(sequences, CHUNK, 0, False, torch.device("cpu"))
+    plan = make_plan(sequences, CHUNK, torch.device("cpu"))
     merges = plan.merges
     merge = np.stack([x.numpy() for x in (merges.left, merges.right, merges.since, merges.until)], 1)
     merge[merges.missing.numpy(), 0] = -1
