@@ -25,7 +25,7 @@ softmax attention as the ceiling. [protocol.md](protocol.md) fixed what is run a
 This page is written by `loglinear experiment report` from the results in [evidence/](evidence/), a JSON line for every
 finished run with its curve, its tests and the command that runs it again. Numbers are means ± standard deviations over
 seeds. On one CPU a run gives the same numbers again bit for bit, alone or in its group; a GPU may round sums otherwise,
-which training amplifies.
+which training amplifies: what two modes gave when they were run twice is in [protocol.md](protocol.md#run-twice).
 """
 
 
