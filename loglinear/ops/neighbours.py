@@ -43,10 +43,8 @@ def causal_conv_silu(
     if _has_kernels(x_btc):
         from loglinear.ops.triton.convolution import causal_conv_silu as kernel
 
-        if past_bwc is None or reach == 0:
-            return kernel(x_btc.contiguous(), weight_wc, bias_c, positions_bt)
-        padded_btc = torch.cat([past_bwc, x_btc], 1)
-        return kernel(padded_btc, weight_wc, bias_c, F.pad(positions_bt, (reach, 0)))[:, reach:]
+        past_bwc = None if past_bwc is None or reach == 0 else past_bwc.contiguous()
+        return kernel(x_btc.contiguous(), weight_wc, bias_c, positions_bt, past_bwc)
     padded_btc = F.pad(x_btc, (0, 0, reach, 0)) if past_bwc is None else torch.cat([past_bwc, x_btc], 1)
     y_btc = bias_c + weight_wc[0] * x_btc
     for back in range(1, reach + 1):

@@ -89,6 +89,8 @@ def cases(on_gpu: bool) -> Iterator[tuple[str, Case]]:
             (normal(2, 50, channels), normal(4, channels), normal(channels), normal(2, 3, channels)), [50], start=2
         ),
     )
+    behind = (normal(3, 2, channels), normal(4, channels), normal(channels), normal(3, 3, channels))
+    yield "convolution of fewer tokens than taps behind a past", _convolution(behind, [1, 1], start=1)
     yield "one tap", _convolution((normal(2, 50, channels), normal(1, channels), normal(channels)), [50])
     heads = (normal(2, tokens, 3, size) for _ in range(3))
     yield "skip, gate and norm", Case(_norm, (*heads, normal(3), normal(size)))
@@ -200,7 +202,8 @@ def _operator_calls() -> Iterator[tuple[Operator, list[Any]]]:
     o, v, z = (normal(20, 2, 8) for _ in range(3))
     layers = (normal(16, 5), normal(16), normal(5, 16), normal(5))
     for operator, arguments in (
-        (convolution.causal_conv_silu, (x, weight, bias, positions)),
+        (convolution.causal_conv_silu, (x, weight, bias, positions, None)),
+        (convolution.causal_conv_silu, (x, weight, bias, positions + 9, normal(1, 1, 8))),
         (gated_norm.skip_gate_norm, (o, v, z, normal(2), normal(8), EPS)),
         (discretise.discretise, (normal(20, 2), normal(2), normal(2), v)),
         (lambda_mlp.lambda_mlp, (normal(40, 5), *layers)),
