@@ -7,6 +7,7 @@ l level, w taps of the convolution.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,20 @@ class LogLinearCore(nn.Module):
         )
 
 
+class Convolutions(nn.Module):
+    """The short convolutions of q, k and v; their weights are the mixer's, so that another can take its place."""
+
+    def forward(
+        self,
+        convs: Sequence[ShortConv],
+        inputs: Sequence[torch.Tensor],
+        pasts: Sequence[torch.Tensor | None],
+        documents: Documents,
+    ) -> list[torch.Tensor]:
+        """[B, T, C] each in and out, behind what came before [documents, width - 1, C]."""
+        return [_convolve(*each, documents) for each in zip(convs, inputs, pasts, strict=True)]
+
+
 class LogLinearMixer(nn.Module):
     """q, k, v, gate z, step dt and level scales from x; short convolutions; log-linear attention; gated norm.
 
@@ -95,6 +110,7 @@ class LogLinearMixer(nn.Module):
         self.q_conv = ShortConv(keys, own.conv_width)
         self.k_conv = ShortConv(keys, own.conv_width)
         self.v_conv = ShortConv(values, own.conv_width)
+        self.convolve: nn.Module = Convolutions()
         self.lambda_map = make_lambda_map(
             own.level_scale,
             dim=dim,
@@ -136,7 +152,7 @@ class LogLinearMixer(nn.Module):
         q, k, v, z, raw_bth, *of_token = self.project(x_btd, self._token_weights())
         inputs = [q, k, v]
         past = (None, None, None) if state is None else state.recent
-        q, k, v = (_convolve(*each, documents) for each in zip(convs, inputs, past, strict=True))
+        q, k, v = self.convolve(convs, inputs, past, documents)
         q_btgn, k_btgn = (x.unflatten(2, (-1, self.state_dim)) for x in (q, k))
         v_bthp, z_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in (v, z))
         g_bth, weighted_bthp, v_bthp = discretise(raw_bth, self.dt_bias, self.A_log, v_bthp)

@@ -10,12 +10,13 @@ g query/key group, n state (key) size, p value head size, l level, j bucket that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from loglinear.model.layers import Documents
+from loglinear.model.layers import Documents, ShortConv
 from loglinear.ops import LogLinearState, final_state, log_linear_attention
 from loglinear.parallel.collectives import gather
 from loglinear.parallel.cut import CutDocuments, initial_buckets
@@ -129,20 +130,37 @@ class _Keep(torch.autograd.Function):
         return dx, torch.zeros_like(received)
 
 
-def give_halo(conv: Any, inputs: tuple[Any, ...], axis: Axis) -> tuple[Any, ...] | None:
-    """The inputs of a convolution over one sample a row, behind the last inputs of the rank before.
+class ContextConvolutions(nn.Module):
+    """Short convolutions over sequences cut over the context ranks; those over whole ones go to `convolve`."""
+
+    def __init__(self, convolve: nn.Module, axis: Axis) -> None:
+        super().__init__()
+        self._convolve, self._axis = convolve, axis
+
+    def forward(
+        self,
+        convs: Sequence[ShortConv],
+        inputs: Sequence[torch.Tensor],
+        pasts: Sequence[torch.Tensor | None],
+        documents: Documents,
+    ) -> list[torch.Tensor]:
+        """As `Convolutions.forward`."""
+        if not isinstance(documents, CutDocuments):
+            return self._convolve(convs, inputs, pasts, documents)
+        rows = Documents(documents.positions_bt.view(documents.samples, -1), documents.length, documents.cu_seqlens)
+        inputs = [x_btc[0].unflatten(0, (documents.samples, -1)) for x_btc in inputs]
+        pasts = last_inputs(inputs, convs[0].width - 1, self._axis)
+        outputs = (conv(x_btc, rows, past) for conv, x_btc, past in zip(convs, inputs, pasts, strict=True))
+        return [y_btc.flatten(0, 1)[None] for y_btc in outputs]
+
+
+def last_inputs(inputs: Sequence[torch.Tensor], reach: int, axis: Axis) -> Sequence[torch.Tensor | None]:
+    """The last `reach` tokens of each input [B, T, C] on the rank before, all in one exchange: [B, reach, C] each.
 
     The first rank gets the last one's, which its positions mask.
     """
-    x_btc, documents = inputs[:2]
-    if not isinstance(documents, CutDocuments) or conv.width == 1:
-        return None
-    x_btc = x_btc[0].unflatten(0, (documents.samples, -1))
-    ends_rbwc = gather(x_btc[:, 1 - conv.width :], axis, 0).unflatten(0, (axis.size, -1))
-    rows = Documents(documents.positions_bt.view(documents.samples, -1), documents.length, documents.cu_seqlens)
-    return x_btc, rows, ends_rbwc[axis.index - 1]
-
-
-def join_rows(conv: Any, inputs: tuple[Any, ...], output_btc: torch.Tensor) -> torch.Tensor:
-    """Packed documents in one row again."""
-    return output_btc if inputs[1].cu_seqlens is None else output_btc.flatten(0, 1)[None]
+    if reach == 0:
+        return [None] * len(inputs)
+    parcel_bwc = torch.cat([x_btc[:, -reach:] for x_btc in inputs], 2)
+    ends_rbwc = gather(parcel_bwc, axis, 0).unflatten(0, (axis.size, -1))
+    return ends_rbwc[axis.index - 1].split([x_btc.shape[2] for x_btc in inputs], 2)

@@ -17,11 +17,10 @@ from loglinear.config import Config
 from loglinear.errors import UserError
 from loglinear.model import LanguageModel, build_model
 from loglinear.model.attention import SoftmaxMixer
-from loglinear.model.layers import ShortConv
 from loglinear.model.mixer import LogLinearMixer
 from loglinear.ops.projections import Projections
 from loglinear.parallel.collectives import all_reduce, gather, sum_and_scatter, sum_over
-from loglinear.parallel.context import ContextLogLinearCore, give_halo, join_rows
+from loglinear.parallel.context import ContextConvolutions, ContextLogLinearCore
 from loglinear.parallel.context_softmax import ContextSoftmaxCore
 from loglinear.parallel.mesh import Axis, Mesh
 from loglinear.parallel.overlap import column_projections
@@ -216,10 +215,6 @@ def _choose_groups(model: LanguageModel, axis: Axis, groups: int) -> None:
 
 
 def _split_sequences(model: Any, axis: Axis) -> None:
-    for module in model.modules():
-        if isinstance(module, ShortConv):
-            module.register_forward_pre_hook(lambda conv, inputs: give_halo(conv, inputs, axis))
-            module.register_forward_hook(join_rows)
     for block in model.blocks:
         mixer = block.mixer
         if type(mixer) not in CONTEXT_CORES:
@@ -228,3 +223,5 @@ def _split_sequences(model: Any, axis: Axis) -> None:
                 " give it one in CONTEXT_CORES of loglinear/parallel/parallelize.py"
             )
         mixer.core = CONTEXT_CORES[type(mixer)](mixer.core, axis)
+        if isinstance(mixer, LogLinearMixer):
+            mixer.convolve = ContextConvolutions(mixer.convolve, axis)

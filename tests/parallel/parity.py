@@ -186,19 +186,7 @@ def keep_shared_gradients_apart(module: Any) -> None:
 
 def forget_the_halo(module: Any) -> None:
     """Convolutions see zeros before a cut."""
-    module.parallelize.give_halo = lambda conv, inputs, axis: give_nothing(conv, inputs)
-
-
-def give_nothing(conv: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows without what was before them."""
-    x_btc, documents = inputs[:2]
-    rows = x_btc[0].unflatten(0, (documents.samples, -1))
-    positions = documents.positions_bt.view(documents.samples, -1)
-    return (
-        rows,
-        Documents(positions, documents.length, documents.cu_seqlens),
-        torch.zeros_like(rows[:, 1 - conv.width :]),
-    )
+    module.context.last_inputs = lambda inputs, reach, axis: [torch.zeros_like(x_btc[:, -reach:]) for x_btc in inputs]
 
 
 def forget_the_past(module: Any) -> None:
