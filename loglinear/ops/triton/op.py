@@ -70,7 +70,9 @@ def triton_log_linear_attention(
     with without_autocast(v.device):
         if initial_state is not None:
             o_thp = read_initial_state(o_thp, q_tgn, g_th, scales_thl, scale, initial_state, sequences)
-        state = state_after(k_tgn, v_thp, g_th, initial_state, sequences) if output_final_state else None
+        state = None
+        if output_final_state:  # in fp32, because decoding adds to it for as long as the sequence goes on
+            state = state_after(k_tgn.float(), v_thp.float(), g_th, initial_state, sequences)
     return o_thp.reshape(v.shape).to(v.dtype), state
 
 
