@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 
+# Before torch is imported, for tests and the processes they start: the threads of two workers, or of several ranks,
+# would spin against each other on a few cores, and some tests then take twenty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
