@@ -59,7 +59,10 @@ def _draw_accuracy(summary: Summary, path: Path) -> None:
 
 
 def _draw_positions(summary: Summary, path: Path) -> None:
-    """Loss by position, and minus that of plain linear attention with the same seed, which shows what is small."""
+    """Loss by position; that of log-linear forms also minus plain linear attention's with the same seed.
+
+    The second shows what is small, so softmax attention, which is far away, is left out of it.
+    """
     figure, axes = _grid(1, 2, (11, 4))
     bounds = region_bounds(summary.experiment)
     middles = [
@@ -69,7 +72,7 @@ def _draw_positions(summary: Summary, path: Path) -> None:
     for mode, runs in summary.final.items():
         _line(axes.flat[0], middles, np.stack([novel_losses(run).mean(0) for run in runs]), mode)
         beside = [novel_losses(run).mean(0) - plain[run["seed"]] for run in runs if run["seed"] in plain]
-        if beside and mode != "none":
+        if beside and mode != "softmax":
             _line(axes.flat[1], middles, np.stack(beside), mode)
     for place, label in zip(axes.flat, ("nats per token", "minus plain linear attention"), strict=True):
         place.set(xscale="log", xlabel="position in the row, tokens", ylabel=label)
