@@ -75,8 +75,7 @@ def _own_tails(
     state = final_state(k, v, g, positions=documents.tail_starts, cu_seqlens=documents.tails)
     bucket_bj = documents.sent_bj
     sample_bj = torch.arange(documents.samples, device=v.device)[:, None].expand_as(bucket_bj)
-    sent_bjhnp = state.buckets.transpose(1, 2)[sample_bj, bucket_bj.clamp(min=0)]
-    sent_bjhnp = sent_bjhnp * (bucket_bj >= 0)[..., None, None, None]
+    sent_bjhnp = state.buckets.transpose(1, 2)[sample_bj, bucket_bj]  # where there are fewer, the last, read by nobody
     total_bh = torch.stack([tail_th.sum(0) for tail_th in g[0].split(documents.tails.diff().tolist())])
     return sent_bjhnp, total_bh
 
