@@ -48,9 +48,12 @@ def chunk_log_linear_attention(
     with without_autocast(v.device):
         chunks = to_chunks(plan, chunk, q, k, v, g, level_scales, scale)
         o_thp = to_tokens(plan, add_reads(intra(chunks), chunks, plan.reads, run_states(chunks, plan.merges)))
-        q_tgn, k_tgn, v_thp, g_th = (x.to(o_thp.dtype).flatten(0, 1) for x in (q, k, v, g))
+        state = None
         if initial_state is not None:
+            q_tgn, g_th = (x.to(o_thp.dtype).flatten(0, 1) for x in (q, g))
             scales_thl = None if level_scales is None else level_scales.flatten(0, 1)
             o_thp = read_initial_state(o_thp, q_tgn, g_th, scales_thl, scale, initial_state, sequences)
-        state = state_after(k_tgn, v_thp, g_th, initial_state, sequences) if output_final_state else None
+        if output_final_state:
+            k_tgn, v_thp, g_th = (x.to(o_thp.dtype).flatten(0, 1) for x in (k, v, g))
+            state = state_after(k_tgn, v_thp, g_th, initial_state, sequences)
     return o_thp.view(v.shape).to(v.dtype), state

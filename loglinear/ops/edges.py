@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from loglinear.ops.checks import Sequences, check_inputs, compute_dtype
 from loglinear.ops.device import without_autocast
-from loglinear.ops.fenwick import bucket_start
+from loglinear.ops.fenwick import bucket_start, buckets_at, level
 from loglinear.ops.state import LogLinearState
 
 
@@ -39,6 +39,8 @@ def read_initial_state(
 ) -> torch.Tensor:
     """o [T, H, P] plus what every query reads from the buckets of its sequence's initial state."""
     places, weights = tuple(_initial_places(sequences)), []
+    if not places:
+        return o_thp
     decays = [_sum_from_start(g_th[now]).exp() * scale for now in _slices(sequences)]
     for now, number, bucket in places:
         weight_th = decays[number]
@@ -130,11 +132,10 @@ def _add_what_was_there(
     buckets_shknp: torch.Tensor, initial: LogLinearState, g_th: torch.Tensor, sequences: Sequences
 ) -> None:
     """Add to the final buckets those of the initial state, decayed, each to the one that it is a part of by then."""
-    for now, number, bucket in _initial_places(sequences):
-        start, end = sequences.starts[number], sequences.ends[number]
-        home = (end ^ bucket_start(start, bucket)).bit_length() - 1
-        decay_h11 = g_th[now].sum(0).exp()[:, None, None]
-        buckets_shknp[number, :, home] += decay_h11 * initial.buckets[number, :, bucket]
+    decays = [g_th[now].sum(0).exp()[:, None, None] for now in _slices(sequences)]
+    for _, number, bucket in _initial_places(sequences):
+        home = level(sequences.ends[number], bucket_start(sequences.starts[number], bucket)) - 1
+        buckets_shknp[number, :, home] += decays[number] * initial.buckets[number, :, bucket]
 
 
 class _OuterSums(torch.autograd.Function):
@@ -172,18 +173,16 @@ class _OuterSums(torch.autograd.Function):
 def _initial_places(sequences: Sequences) -> Iterator[_Place]:
     """Every bucket that holds tokens at a sequence's start, and all tokens of the sequence."""
     for number, now in enumerate(_slices(sequences)):
-        yield from (_Place(now, number, bucket) for bucket in _occupied(sequences.starts[number]))
+        yield from (_Place(now, number, bucket) for bucket in buckets_at(sequences.starts[number]))
 
 
 def _final_places(sequences: Sequences) -> Iterator[_Place]:
     """Every bucket that holds tokens of this call at a sequence's end; each token is in one of them."""
     for number, now in enumerate(_slices(sequences)):
         start, end = sequences.starts[number], sequences.ends[number]
-        for bucket in _occupied(end):
-            first = bucket_start(end, bucket) - start
-            last = first + (1 << bucket)
-            if last > 0:
-                yield _Place(slice(now.start + max(first, 0), now.start + last), number, bucket)
+        for bucket in buckets_at(end, start):
+            first = now.start + bucket_start(end, bucket) - start
+            yield _Place(slice(max(first, now.start), first + (1 << bucket)), number, bucket)
 
 
 def _slices(sequences: Sequences) -> Iterator[slice]:
@@ -191,11 +190,6 @@ def _slices(sequences: Sequences) -> Iterator[slice]:
     for length in sequences.lengths:
         yield slice(first, first + length)
         first += length
-
-
-def _occupied(position: int) -> list[int]:
-    """The buckets that hold tokens after `position` tokens."""
-    return [bucket for bucket in range(position.bit_length()) if position >> bucket & 1]
 
 
 def _sum_from_start(g_th: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,12 @@ def bucket_start(position: Integers, bucket: Integers) -> Integers:
     return (position >> (bucket + 1)) << (bucket + 1)
 
 
+def buckets_at(position: int, since: int = 0) -> list[int]:
+    """The buckets that hold tokens after `position` tokens, those alone that hold one from position `since` on."""
+    occupied = (bucket for bucket in range(position.bit_length()) if position >> bucket & 1)
+    return [bucket for bucket in occupied if bucket_start(position, bucket) + (1 << bucket) > since]
+
+
 def set_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """The set bits below `bits` of all elements of an int64 vector: their bit and the index of their element.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from loglinear.ops.checks import check_inputs, compute_dtype
-from loglinear.ops.fenwick import bit_length, bucket_start, level
+from loglinear.ops.fenwick import bit_length, bucket_start, buckets_at, level
 from loglinear.ops.state import LogLinearState
 
 
@@ -57,11 +57,6 @@ def _empty(q_thn: torch.Tensor, v_thp: torch.Tensor) -> LogLinearState:
     return LogLinearState.empty(1, *sizes, dtype=v_thp.dtype, device=v_thp.device)
 
 
-def _occupied(position: int) -> list[int]:
-    """The buckets that hold tokens after `position` tokens."""
-    return [bucket for bucket in range(position.bit_length()) if position >> bucket & 1]
-
-
 def _one_sequence(
     q_thn: torch.Tensor,
     k_thn: torch.Tensor,
@@ -87,7 +82,7 @@ def _one_sequence(
     scales_hts = scales_thl[row_t, :, level_ts].permute(2, 0, 1)
     o_thp = torch.einsum("hts,shp->thp", scores_hts * decay_hts * scales_hts, v_thp)
 
-    for bucket in _occupied(start):  # every position of an initial bucket has the same level towards a new query
+    for bucket in buckets_at(start):  # every position of an initial bucket has the same level towards a new query
         first = bucket_start(start, bucket)
         level_t = torch.tensor([level(t, first) for t in range(start, end)], device=v_thp.device).long()
         weight_th = scales_thl[row_t[:, 0], :, level_t] * cumulative_th.exp()
@@ -99,7 +94,7 @@ def _one_sequence(
     final = [torch.zeros_like(weighted_thnp.sum(0)) for _ in range(max(end.bit_length(), initial_hknp.shape[1]))]
     for position in range(start, end):
         final[level(end, position) - 1] = final[level(end, position) - 1] + weighted_thnp[position - start]
-    for bucket in _occupied(start):
+    for bucket in buckets_at(start):
         home = level(end, bucket_start(start, bucket)) - 1
         final[home] = final[home] + total_h.exp()[:, None, None] * initial_hknp[:, bucket]
     buckets_hknp = torch.stack(final, 1) if final else initial_hknp

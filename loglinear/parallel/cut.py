@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from loglinear.model.layers import Documents
-from loglinear.ops.fenwick import bit_length, bucket_start
+from loglinear.ops.fenwick import bucket_start, buckets_at, level
 from loglinear.parallel.mesh import Mesh
 
 
@@ -174,10 +174,7 @@ def _tails(bounds: np.ndarray, starts_rb: np.ndarray, length: int) -> np.ndarray
 
 def _sent(tail: _Tail) -> list[int]:
     """Buckets at the tail's end that hold tokens of the tail itself."""
-    if not tail.goes_on:
-        return []
-    occupied = [bucket for bucket in range(tail.end.bit_length()) if tail.end >> bucket & 1]
-    return [bucket for bucket in occupied if bucket_start(tail.end, bucket) + (1 << bucket) > tail.start]
+    return buckets_at(tail.end, tail.start) if tail.goes_on else []
 
 
 def _pieces(
@@ -217,7 +214,7 @@ def _contributions(
         while head and (first == rank or tail_rb[first, b].start > 0):
             first -= 1  # the rank on which the document begins
             for j, bucket in enumerate(sent[first, b]):
-                home = int(bit_length(np.array(head ^ bucket_start(tail_rb[first, b].end, bucket)))) - 1
+                home = level(head, bucket_start(tail_rb[first, b].end, bucket)) - 1
                 columns.append(((first * len(heads) + b) * most + j, b * buckets + home, first, b))
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[], [], [], []]
 
