@@ -20,7 +20,7 @@ from loglinear.ops.triton import step
 from loglinear.ops.triton.config import STATE_SIZES, VALUE_SIZES
 from tests.ops import neighbour_cases
 from tests.ops.op_cases import Inputs, Sizes, boundaries, random_inputs, random_state
-from tests.ops.triton_cases import STEPS, errors, run, step_errors
+from tests.ops.triton_cases import STEPS, end_errors, errors, run, step_errors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,6 +105,16 @@ def layouts(draw: st.DrawFn) -> Inputs:
     if starts is not None:
         inputs = replace(inputs, initial_state=random_state(seed, starts[:rows], sizes))
     return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("state_dim", "head_dim"), [(16, 16), (64, 32), (128, 64), (128, 256), (256, 128)])
+def test_what_context_ranks_hand_on(dtype: torch.dtype, state_dim: int, head_dim: int) -> None:
+    sizes = Sizes(groups=2, heads=4, state_dim=state_dim, head_dim=head_dim, levels=14)
+    inputs = replace(random_inputs(6, 1, 2000, sizes), cu_seqlens=boundaries([500, 0, 1500]))
+    inputs = replace(inputs, initial_state=random_state(7, [3001, 5, 0], sizes))
+    measured = end_errors(on_gpu(inputs, dtype))
+    assert {name: error for name, error in measured.items() if not error < BOUND[dtype]} == {}
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from tests.ops.triton_cases import CASES, STEPS
+from tests.ops.triton_cases import CASES, ENDS, STEPS
 
 Errors = dict[str, dict[str, float]]  # of each output and gradient, by case
 
 
 def interpreted(module: str) -> Errors:
     """What a program of cases prints, in a process of its own: the interpreter is chosen when Triton is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -28,7 +28,7 @@ def measured() -> Errors:
     return interpreted("tests.ops.triton_cases")
 
 
-@pytest.mark.parametrize("case", [*CASES, *STEPS])
+@pytest.mark.parametrize("case", [*CASES, *ENDS, *STEPS])
 def test_the_kernels_follow_the_definition(case: str, measured: Errors) -> None:
     assert {name: error for name, error in measured[case].items() if not error < 5e-6} == {}
 

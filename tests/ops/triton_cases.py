@@ -17,12 +17,15 @@ from torch.library import opcheck
 from loglinear.ops import (
     LogLinearState,
     StateInPlace,
+    edges,
+    final_state,
     naive_log_linear_attention,
     recurrent,
     recurrent_step,
     recurrent_step_in_place,
 )
-from loglinear.ops.triton import op, step, tables, triton_log_linear_attention
+from loglinear.ops.triton import edge_tables, op, step, tables, triton_log_linear_attention
+from loglinear.ops.triton import edges as edge_kernels
 from tests.ops.op_cases import (
     Inputs,
     Result,
@@ -64,6 +67,12 @@ CASES: dict[str, Callable[[], Inputs]] = {
 }
 
 
+ENDS: dict[str, Callable[[], Inputs]] = {  # of which `final_state` is taken
+    "ends of documents": lambda: packed([60, 0, 200], (0, 130, 517)),
+    "ends of documents with groups": lambda: packed([150, 9], (9, 0), replace(SMALL, groups=2, heads=6)),
+}
+
+
 FEW, MANY = 1000, 1  # heads from which on tiles are wide
 STEPS = {  # levels, and such a number
     "decoding steps": (10, FEW),
@@ -101,6 +110,24 @@ def errors(inputs: Inputs, reference: Callable = naive_log_linear_attention) -> 
         name: relative_error(have, want) if float(want.detach().norm()) > 1e-12 else float(have.detach().norm())
         for name, (have, want) in pairs.items()
     }
+
+
+def end_errors(inputs: Inputs) -> dict[str, float]:
+    """Relative errors of what these tokens alone leave, and of its gradients; the definition starts with zeros."""
+    state = inputs.initial_state
+    assert state is not None
+    exact = replace(inputs, initial_state=LogLinearState(state.buckets * 0, state.positions)).fresh(torch.float64)
+    final = naive_log_linear_attention(**exact.arguments(), output_final_state=True)[1]
+    assert final is not None
+    have, want = inputs.fresh(), exact.leaves()
+    bounds = {"positions": state.positions, "cu_seqlens": inputs.cu_seqlens}
+    own = final_state(*(have.leaves()[name] for name in "kvg"), **bounds)
+    gradients = [
+        torch.autograd.grad(_weigh(buckets, 2), [leaves[name] for name in "kvg"])
+        for buckets, leaves in ((own.buckets, have.leaves()), (final.buckets, want))
+    ]
+    measured = {f"d{name}": relative_error(*pair) for name, *pair in zip("kvg", *gradients, strict=True)}
+    return measured | {"state": relative_error(own.buckets, final.buckets)}
 
 
 def step_errors(device: str, sizes: Sizes) -> dict[str, float]:
@@ -146,13 +173,20 @@ def check_operator() -> None:
             x if x is None else x[0].detach().requires_grad_() for x in (*list(inputs.leaves().values())[:4], scales)
         ]
         opcheck(op._forward.definition, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
+    q, k, v, g, _ = (x if x is None else x.detach().requires_grad_() for x in tensors)
+    weights, buckets = (x.detach().requires_grad_() for x in (g.expand(2, -1, -1), torch.rand(1, 2, 3, 16, 16)))
+    ends = ((k, v, weights[:1].detach().requires_grad_(), [300], [5], 9), (v, q, buckets, weights, [300], [5]))
+    for kernel, arguments in zip((edge_kernels.sum_buckets, edge_kernels.read_buckets), ends, strict=True):
+        opcheck(kernel.definition, arguments, test_utils=OPERATOR_CHECKS)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tables.PIECE = 2  # so that the readers of a run are split at these lengths already
+    tables.PIECE, edge_tables.ITEM = 2, 64  # so that what is long is split at these lengths already
     check_operator()
-    measured = {name: errors(case().fresh(torch.float32)) for name, case in CASES.items()}
+    with patch.object(edges, "has_kernels", lambda x: x.dtype != torch.float64):
+        measured = {name: errors(case().fresh(torch.float32)) for name, case in CASES.items()}
+        measured |= {name: end_errors(case().fresh(torch.float32)) for name, case in ENDS.items()}
     odd = Sizes(groups=2, heads=4, state_dim=24, head_dim=40)
     for name, (levels, many_heads) in STEPS.items():
         with patch.object(step, "MANY_HEADS", many_heads):
