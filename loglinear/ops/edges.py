@@ -48,11 +48,10 @@ def read_initial_state(
     if not places:
         return o_thp
     weights_jth = _read_weights(g_th, scales_thl, scale, sequences)
-    kernels = _kernels(q_tgn, o_thp)
-    if kernels is None:
-        return _ReadBuckets.apply(o_thp, q_tgn, state.buckets, weights_jth, places)
-    buckets_shknp = state.buckets.float().contiguous()
-    return kernels.read_buckets(o_thp.contiguous(), q_tgn, buckets_shknp, weights_jth, *sequences)
+    if kernels := _kernels(q_tgn, o_thp):
+        buckets_shknp = state.buckets.float().contiguous()
+        return kernels.read_buckets(o_thp.contiguous(), q_tgn, buckets_shknp, weights_jth, *sequences)
+    return _ReadBuckets.apply(o_thp, q_tgn, state.buckets, weights_jth, places)
 
 
 def _read_weights(
@@ -167,17 +166,16 @@ def _sums(
     k_tgn: torch.Tensor, v_thp: torch.Tensor, weight_th: torch.Tensor, sequences: Sequences, count: int
 ) -> torch.Tensor:
     """The weighted sums of k v^T over each bucket that sequences end with: [S, H, count, N, P]."""
-    kernels = _kernels(k_tgn, v_thp)
-    if kernels is None:
-        return _OuterSums.apply(k_tgn, v_thp, weight_th, final_places(sequences), count, len(sequences.ends))
-    return kernels.sum_buckets(k_tgn.contiguous(), v_thp.contiguous(), weight_th.float()[None], *sequences, count)
+    if kernels := _kernels(k_tgn, v_thp):
+        return kernels.sum_buckets(k_tgn.contiguous(), v_thp.contiguous(), weight_th.float()[None], *sequences, count)
+    return _OuterSums.apply(k_tgn, v_thp, weight_th, final_places(sequences), count, len(sequences.ends))
 
 
 def _add_what_was_there(
     buckets_shknp: torch.Tensor, initial: LogLinearState, g_th: torch.Tensor, sequences: Sequences
 ) -> None:
     """Add to the final buckets those of the initial state, decayed, each to the one that it is a part of by then."""
-    decays = [g_th[now].sum(0).exp()[:, None, None] for now in slices(sequences)]
+    decays = [g_th[now].sum(0).exp()[:, None, None] for now in token_slices(sequences)]
     for _, number, bucket, _ in initial_places(sequences):
         home = level(sequences.ends[number], bucket_start(sequences.starts[number], bucket)) - 1
         buckets_shknp[number, :, home] += decays[number] * initial.buckets[number, :, bucket]
@@ -219,7 +217,7 @@ def initial_places(sequences: Sequences) -> tuple[Place, ...]:
     """Every bucket that holds tokens at a sequence's start, and all tokens of the sequence, which read it."""
     return tuple(
         Place(now, number, bucket, slot)
-        for number, now in enumerate(slices(sequences))
+        for number, now in enumerate(token_slices(sequences))
         for slot, bucket in enumerate(buckets_at(sequences.starts[number]))
     )
 
@@ -227,7 +225,7 @@ def initial_places(sequences: Sequences) -> tuple[Place, ...]:
 def final_places(sequences: Sequences) -> tuple[Place, ...]:
     """Every bucket that holds tokens of this call at a sequence's end, and those tokens; each is in one of them."""
     places = []
-    for number, now in enumerate(slices(sequences)):
+    for number, now in enumerate(token_slices(sequences)):
         start, end = sequences.starts[number], sequences.ends[number]
         for bucket in buckets_at(end, start):
             first = now.start + bucket_start(end, bucket) - start
@@ -235,7 +233,7 @@ def final_places(sequences: Sequences) -> tuple[Place, ...]:
     return tuple(places)
 
 
-def slices(sequences: Sequences) -> Iterator[slice]:
+def token_slices(sequences: Sequences) -> Iterator[slice]:
     """The tokens of each sequence, where all lie one after the other."""
     first = 0
     for length in sequences.lengths:

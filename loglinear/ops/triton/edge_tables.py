@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from loglinear.ops.checks import Sequences
-from loglinear.ops.edges import Place, final_places, initial_places, slices
+from loglinear.ops.edges import Place, final_places, initial_places, token_slices
 
 TILE = 64  # tokens that a program handles at once
 ITEM, ITEMS = 1024, 32  # tokens that a program sums at least, and parts of a bucket at most: sums of parts take memory
@@ -41,7 +41,7 @@ def initial_tables(sequences: Sequences, device: torch.device) -> EdgeTables:
     own = [[place.bucket for place in places if place.sequence == number] for number in range(len(sequences.lengths))]
     tiles = [
         (tile, number, buckets)
-        for number, (now, buckets) in enumerate(zip(slices(sequences), own, strict=True))
+        for number, (now, buckets) in enumerate(zip(token_slices(sequences), own, strict=True))
         for tile in _cut(now, TILE)
     ]
     return _tables(len(own), tiles, places, device)
