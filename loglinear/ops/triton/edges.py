@@ -57,7 +57,7 @@ def read_buckets(
     total_thp, block_p = torch.empty_like(o_thp), _value_block(sizes)
     _read[(len(tables.tile), sizes.heads, triton.cdiv(sizes.value, block_p))](
         o_thp, total_thp, q_tgn, buckets_shknp, weights_jth, weights_jth.stride(0), tables.tile, tables.bucket,
-        buckets_shknp.shape[2], **_constants(tables, sizes, block_p), num_warps=4,
+        tables.bucket.shape[1], buckets_shknp.shape[2], **_constants(sizes, block_p), num_warps=4,
     )  # fmt: skip
     return total_thp
 
@@ -170,8 +170,8 @@ def _gradients(
     dy_thp = torch.empty_like(y_thp) if with_values else y_thp.new_empty(0)
     _to_vectors[(len(tables.tile), sizes.heads // at_once)](
         x_tgn, y_thp, buckets_shknp, weights_jth, weights_jth.stride(0), dx_wtgn, dy_thp, dweights_jth,
-        dweights_jth.stride(0), tables.tile, tables.bucket, len(x_tgn), buckets_shknp.shape[2],
-        WITH_VALUES=with_values, AT_ONCE=at_once, **_constants(tables, sizes, block_p), num_warps=8,
+        dweights_jth.stride(0), tables.tile, tables.bucket, tables.bucket.shape[1], len(x_tgn), buckets_shknp.shape[2],
+        WITH_VALUES=with_values, AT_ONCE=at_once, **_constants(sizes, block_p), num_warps=8,
     )  # fmt: skip
     return dx_wtgn.sum(0).to(x_tgn.dtype), dweights_jth, dy_thp
 
@@ -182,11 +182,10 @@ def _sums(x_tgn: Tensor, y_thp: Tensor, weights_jth: Tensor, count: int, tables:
     block_p = _value_block(sizes)
     sums_mhnp = weights_jth.new_empty(items, sizes.heads, sizes.state, sizes.value)
     buckets_shknp = weights_jth.new_zeros(tables.sequences, sizes.heads, count, sizes.state, sizes.value)
-    constants = _constants(tables, sizes, block_p)
-    del constants["READS"]
     _sum_items[(items, sizes.heads, triton.cdiv(sizes.value, block_p))](
-        x_tgn, y_thp, weights_jth, weights_jth.stride(0), sums_mhnp, tables.item, **constants, num_warps=8
-    )
+        x_tgn, y_thp, weights_jth, weights_jth.stride(0), sums_mhnp, tables.item, **_constants(sizes, block_p),
+        num_warps=8,
+    )  # fmt: skip
     _add_items[(len(tables.place), sizes.heads, triton.cdiv(sizes.flat, sizes.flat_block))](
         sums_mhnp, buckets_shknp, tables.place, count, H=sizes.heads, FLAT=sizes.flat, BLOCK=sizes.flat_block,
         num_warps=4,
@@ -211,10 +210,10 @@ def _value_block(sizes: Sizes) -> int:
     return LEAST_VALUE if sizes.dtype.itemsize == 2 else sizes.value_block(LEAST_VALUE)
 
 
-def _constants(tables: EdgeTables, sizes: Sizes, block_p: int) -> dict[str, object]:
+def _constants(sizes: Sizes, block_p: int) -> dict[str, object]:
     return {
-        "READS": tables.bucket.shape[1], "H": sizes.heads, "R": sizes.per_group, "N": sizes.state, "P": sizes.value,
-        "TILE": TILE, "BLOCK_P": block_p, "PRECISION": sizes.precision,
+        "H": sizes.heads, "R": sizes.per_group, "N": sizes.state, "P": sizes.value, "TILE": TILE, "BLOCK_P": block_p,
+        "PRECISION": sizes.precision,
     }  # fmt: skip
 
 
@@ -233,10 +232,10 @@ def _load_bucket(buckets_ptr, sequence, head, bucket, K, n, p, H: tl.constexpr, 
     return tl.load(buckets_ptr + ((sequence * H + head) * K + bucket) * (N * P) + at_np, mask=(p < P)[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["STRIDE_J", "J", "K"])
 def _read(
-    o_ptr, total_ptr, q_ptr, buckets_ptr, weights_ptr, STRIDE_J, tile_ptr, bucket_ptr, K,
-    READS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    o_ptr, total_ptr, q_ptr, buckets_ptr, weights_ptr, STRIDE_J, tile_ptr, bucket_ptr, J, K,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     TILE: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, t, exists_t, sequence = _of_tile(tile_ptr, TILE)
@@ -247,21 +246,21 @@ def _read(
     o_at = (first * H + head) * P + t[:, None] * (H * P) + p[None, :]
     exists_tp = exists_t[:, None] & (p < P)[None, :]
     o_tp = tl.load(o_ptr + o_at, mask=exists_tp, other=0.0).to(tl.float32)
-    for j in range(READS):
-        bucket = tl.load(bucket_ptr + tl.program_id(0) * READS + j)
+    for j in range(J):
+        bucket = tl.load(bucket_ptr + tl.program_id(0) * J + j)
         if bucket >= 0:
             state_np = _load_bucket(buckets_ptr, sequence, head, bucket, K, n, p, H, N, P)
-            weight_at = weights_ptr + j * STRIDE_J + (first + t) * H + head
-            weight_t = tl.load(weight_at, mask=exists_t, other=0.0)
+            weight_at = j * STRIDE_J.to(tl.int64) + (first + t) * H + head
+            weight_t = tl.load(weights_ptr + weight_at, mask=exists_t, other=0.0)
             o_tp += weight_t[:, None] * tl.dot(q_tn, state_np.to(q_tn.dtype), input_precision=PRECISION)
     tl.store(total_ptr + o_at, o_tp.to(total_ptr.dtype.element_ty), mask=exists_tp)
 
 
-@triton.jit(do_not_specialize=["tokens", "K"])
+@triton.jit(do_not_specialize=["STRIDE_J", "STRIDE_DJ", "J", "tokens", "K"])
 def _to_vectors(
     x_ptr, y_ptr, buckets_ptr, weights_ptr, STRIDE_J, dx_ptr, dy_ptr, dweights_ptr, STRIDE_DJ, tile_ptr, bucket_ptr,
-    tokens, K, WITH_VALUES: tl.constexpr, AT_ONCE: tl.constexpr,
-    READS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    J, tokens, K, WITH_VALUES: tl.constexpr, AT_ONCE: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     TILE: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, t, exists_t, sequence = _of_tile(tile_ptr, TILE)
@@ -271,11 +270,11 @@ def _to_vectors(
     x_tn = tl.load(x_ptr + x_at, mask=exists_t[:, None], other=0.0)
     dx_tn = tl.zeros([TILE, N], tl.float32)
     for head in range(first_head, first_head + AT_ONCE):
-        for j in range(READS):
-            bucket = tl.load(bucket_ptr + tl.program_id(0) * READS + j)
+        for j in range(J):
+            bucket = tl.load(bucket_ptr + tl.program_id(0) * J + j)
             if bucket >= 0:
                 weight_at = (first + t) * H + head
-                weight_t = tl.load(weights_ptr + j * STRIDE_J + weight_at, mask=exists_t, other=0.0)
+                weight_t = tl.load(weights_ptr + j * STRIDE_J.to(tl.int64) + weight_at, mask=exists_t, other=0.0)
                 dweight_t = tl.zeros([TILE], tl.float32)
                 for block in range((P + BLOCK_P - 1) // BLOCK_P):
                     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -290,12 +289,12 @@ def _to_vectors(
                         tl.store(dy_ptr + y_at, dy_tp, mask=exists_tp)
                     weighted_tp = (y_tp * weight_t[:, None]).to(y_tp.dtype)
                     dx_tn = tl.dot(weighted_tp, tl.trans(state_np), dx_tn, input_precision=PRECISION)
-                tl.store(dweights_ptr + j * STRIDE_DJ + weight_at, dweight_t, mask=exists_t)
+                tl.store(dweights_ptr + j * STRIDE_DJ.to(tl.int64) + weight_at, dweight_t, mask=exists_t)
     part = tl.program_id(1) % (R // AT_ONCE)
     tl.store(dx_ptr + part.to(tl.int64) * tokens * (H // R * N) + x_at, dx_tn, mask=exists_t[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["STRIDE_J"])
 def _sum_items(
     x_ptr, y_ptr, weights_ptr, STRIDE_J, sums_ptr, item_ptr,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
@@ -304,7 +303,7 @@ def _sum_items(
     item, head = tl.program_id(0), tl.program_id(1)
     n, p = tl.arange(0, N), tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     first, end = tl.load(item_ptr + 3 * item), tl.load(item_ptr + 3 * item + 1)
-    weights_ptr += tl.load(item_ptr + 3 * item + 2) * STRIDE_J + head
+    weights_ptr += tl.load(item_ptr + 3 * item + 2).to(tl.int64) * STRIDE_J + head
     sum_np = tl.zeros([N, BLOCK_P], tl.float32)
     for start in range(first, end, TILE):
         t = (start + tl.arange(0, TILE)).to(tl.int64)
