@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from loglinear.ops.checks import Sequences, check_inputs, compute_dtype
 from loglinear.ops.device import has_kernels, without_autocast
 from loglinear.ops.fenwick import bit_length, bucket_start, buckets_at, level
+from loglinear.ops.running_sums import sum_from_start, sum_of_all, sum_to_end
 from loglinear.ops.state import LogLinearState
 
 
@@ -58,7 +59,7 @@ def _read_weights(
     g_th: torch.Tensor, scales_thl: torch.Tensor | None, scale: float, sequences: Sequences
 ) -> torch.Tensor:
     """What weighs each token's read of its sequence's j-th bucket [J, T, H]; anything where there is none."""
-    decay_th = torch.cat([_sum_from_start(now_th) for now_th in g_th.split(sequences.lengths)]).exp() * scale
+    decay_th = sum_from_start(g_th, sequences.lengths).exp() * scale
     levels_jt = _read_levels(sequences, g_th.device)
     if scales_thl is None:
         return decay_th.expand(len(levels_jt), -1, -1)
@@ -67,7 +68,7 @@ def _read_weights(
     return torch.stack(scales_jth) * decay_th
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # as large as several rows
 def _read_levels(sequences: Sequences, device: torch.device) -> torch.Tensor:
     """The level at which each token sees its sequence's j-th initial bucket: int64 [J, T], 0 if there is none."""
     places = initial_places(sequences)
@@ -155,7 +156,7 @@ def state_after(
     """The buckets after the last token of every sequence, at least fp32: sums of exp(G_end - G_s) k_s v_s^T."""
     count = max(max(sequences.ends).bit_length(), 0 if initial is None else initial.buckets.shape[2])
     with without_autocast(v_thp.device):
-        weight_th = torch.cat([_sum_to_end(now_th) for now_th in g_th.split(sequences.lengths)]).exp()
+        weight_th = sum_to_end(g_th, sequences.lengths).exp()
         buckets_shknp = _sums(k_tgn, v_thp, weight_th, sequences, count)
         if initial is not None:
             _add_what_was_there(buckets_shknp, initial, g_th, sequences)
@@ -175,10 +176,10 @@ def _add_what_was_there(
     buckets_shknp: torch.Tensor, initial: LogLinearState, g_th: torch.Tensor, sequences: Sequences
 ) -> None:
     """Add to the final buckets those of the initial state, decayed, each to the one that it is a part of by then."""
-    decays = [g_th[now].sum(0).exp()[:, None, None] for now in token_slices(sequences)]
+    decays_sh11 = sum_of_all(g_th, sequences.lengths).exp()[:, :, None, None]
     for _, number, bucket, _ in initial_places(sequences):
         home = level(sequences.ends[number], bucket_start(sequences.starts[number], bucket)) - 1
-        buckets_shknp[number, :, home] += decays[number] * initial.buckets[number, :, bucket]
+        buckets_shknp[number, :, home] += decays_sh11[number] * initial.buckets[number, :, bucket]
 
 
 class _OuterSums(torch.autograd.Function):
@@ -239,17 +240,6 @@ def token_slices(sequences: Sequences) -> Iterator[slice]:
     for length in sequences.lengths:
         yield slice(first, first + length)
         first += length
-
-
-def _sum_from_start(g_th: torch.Tensor) -> torch.Tensor:
-    """Log-decay from the start to each token's end; time is innermost for the scan, which is faster there."""
-    return g_th.t().contiguous().cumsum(1).t()
-
-
-def _sum_to_end(g_th: torch.Tensor) -> torch.Tensor:
-    """Log-decay from each token's end to the last token's: a sum of its own, not a difference of two."""
-    later_ht = torch.nn.functional.pad(g_th[1:].t(), (0, min(1, len(g_th))))
-    return later_ht.flip(1).cumsum(1).flip(1).t()
 
 
 def _product(a_gmx: torch.Tensor, b_gxn: torch.Tensor) -> torch.Tensor:

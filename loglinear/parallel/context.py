@@ -18,6 +18,7 @@ from torch import nn
 
 from loglinear.model.layers import Documents, ShortConv
 from loglinear.ops import LogLinearState, final_state, log_linear_attention
+from loglinear.ops.running_sums import sum_of_all
 from loglinear.parallel.collectives import gather
 from loglinear.parallel.cut import CutDocuments, initial_buckets
 from loglinear.parallel.mesh import Axis
@@ -76,8 +77,7 @@ def _own_tails(
     bucket_bj = documents.sent_bj
     sample_bj = torch.arange(documents.samples, device=v.device)[:, None].expand_as(bucket_bj)
     sent_bjhnp = state.buckets.transpose(1, 2)[sample_bj, bucket_bj]  # where there are fewer, the last, read by nobody
-    total_bh = torch.stack([tail_th.sum(0) for tail_th in g[0].split(documents.tails.diff().tolist())])
-    return sent_bjhnp, total_bh
+    return sent_bjhnp, sum_of_all(g[0], tuple(documents.tails.diff().tolist()))
 
 
 def _initial_buckets(

@@ -38,6 +38,7 @@ from tests.ops.op_cases import (
 )
 
 SMALL = Sizes(groups=1, heads=2, state_dim=16, head_dim=16, levels=11)
+WIDE = replace(SMALL, head_dim=64)  # from here on kernels make the states that are handed in and out
 OPERATOR_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
 
@@ -61,15 +62,16 @@ CASES: dict[str, Callable[[], Inputs]] = {
     "sizes": lambda: random_inputs(2, 1, 200, replace(SMALL, state_dim=32, head_dim=64)),
     "no level scales": lambda: random_inputs(2, 1, 300, replace(SMALL, levels=None)),
     "documents": lambda: packed([100, 3, 0, 397, 128]),
-    "a state": lambda: packed([300], (137,)),
-    "states and documents": lambda: packed([60, 0, 200], (0, 130, 517)),
-    "a state without level scales": lambda: packed([150], (200,), replace(SMALL, levels=None)),
+    "a state": lambda: packed([300], (137,), WIDE),
+    "states and documents": lambda: packed([60, 0, 200], (0, 130, 517), WIDE),
+    "a state without level scales": lambda: packed([150], (200,), replace(WIDE, levels=None)),
 }
 
 
 ENDS: dict[str, Callable[[], Inputs]] = {  # of which `final_state` is taken
-    "ends of documents": lambda: packed([60, 0, 200], (0, 130, 517)),
-    "ends of documents with groups": lambda: packed([150, 9], (9, 0), replace(SMALL, groups=2, heads=6)),
+    "ends of documents": lambda: packed([60, 0, 200], (0, 130, 517), WIDE),
+    "ends of documents with groups": lambda: packed([150, 9], (9, 0), replace(WIDE, groups=2, heads=6)),
+    "ends of documents, narrow values": lambda: packed([60, 0, 200], (0, 130, 517)),
 }
 
 
@@ -174,7 +176,8 @@ def check_operator() -> None:
         ]
         opcheck(op._forward.definition, (*tensors, [300], [0], 1.0), test_utils=OPERATOR_CHECKS)
     q, k, v, g, _ = (x if x is None else x.detach().requires_grad_() for x in tensors)
-    weights, buckets = (x.detach().requires_grad_() for x in (g.expand(2, -1, -1), torch.rand(1, 2, 3, 16, 16)))
+    weights, buckets = (x.detach().requires_grad_() for x in (g.expand(2, -1, -1), torch.rand(1, 2, 3, 16, 64)))
+    v = torch.rand(300, 2, 64, requires_grad=True)
     ends = ((k, v, weights[:1].detach().requires_grad_(), [300], [5], 9), (v, q, buckets, weights, [300], [5]))
     for kernel, arguments in zip((edge_kernels.sum_buckets, edge_kernels.read_buckets), ends, strict=True):
         opcheck(kernel.definition, arguments, test_utils=OPERATOR_CHECKS)

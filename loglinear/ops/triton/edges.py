@@ -28,11 +28,15 @@ Tensor = torch.Tensor
 
 
 def supports_edges(k: Tensor, v: Tensor) -> bool:
-    """Whether these kernels take keys k [..., N] and values v [..., P]: bf16 as they are, and fp32."""
+    """Whether these kernels take keys k [..., N] and values v [..., P]: bf16 as they are, and fp32.
+
+    Values narrower than `LEAST_VALUE` are not padded here: what takes so small a state is nothing large.
+    """
     if v.dtype not in (torch.bfloat16, torch.float32) or k.dtype != v.dtype:
         return False
     largest = max(STATE_SIZES) if v.dtype == torch.bfloat16 else LARGEST_FP32_STATE
-    return k.shape[-1] in STATE_SIZES and k.shape[-1] <= largest and v.shape[-1] in VALUE_SIZES
+    fits = k.shape[-1] in STATE_SIZES and v.shape[-1] in VALUE_SIZES
+    return fits and k.shape[-1] <= largest and v.shape[-1] >= LEAST_VALUE
 
 
 @operator("loglinear::read_buckets")
@@ -54,8 +58,8 @@ def read_buckets(
         lengths, starts: of the sequences.
     """
     tables, sizes = initial_tables(_sequences(lengths, starts), o_thp.device), _sizes(q_tgn, o_thp)
-    total_thp, block_p = torch.empty_like(o_thp), _value_block(sizes)
-    _read[(len(tables.tile), sizes.heads, triton.cdiv(sizes.value, block_p))](
+    total_thp, block_p = torch.empty_like(o_thp), sizes.value_block(LEAST_VALUE)
+    _read[(len(tables.tile), sizes.heads, sizes.value // block_p)](
         o_thp, total_thp, q_tgn, buckets_shknp, weights_jth, weights_jth.stride(0), tables.tile, tables.bucket,
         tables.bucket.shape[1], buckets_shknp.shape[2], **_constants(sizes, block_p), num_warps=4,
     )  # fmt: skip
@@ -164,7 +168,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For z = S^T x of each token: sum of weight * S y over heads and buckets, <z, y>, and, if wanted, weight * z."""
     sizes = _sizes(x_tgn, y_thp)
-    at_once, block_p = sizes.heads_at_once(len(tables.tile), 32), _value_block(sizes)
+    at_once, block_p = sizes.heads_at_once(len(tables.tile), 32), sizes.value_block(LEAST_VALUE)
     dx_wtgn = x_tgn.new_empty(sizes.per_group // at_once, *x_tgn.shape, dtype=torch.float32)
     dweights_jth = _empty_weights(weights_jth).zero_()
     dy_thp = torch.empty_like(y_thp) if with_values else y_thp.new_empty(0)
@@ -179,10 +183,10 @@ def _gradients(
 def _sums(x_tgn: Tensor, y_thp: Tensor, weights_jth: Tensor, count: int, tables: EdgeTables) -> Tensor:
     """S = sum of weight * x y^T over the tokens of each bucket: fp32 [S, H, K, N, P]."""
     sizes, items = _sizes(x_tgn, y_thp), len(tables.item)
-    block_p = _value_block(sizes)
+    block_p = sizes.value_block(LEAST_VALUE)
     sums_mhnp = weights_jth.new_empty(items, sizes.heads, sizes.state, sizes.value)
     buckets_shknp = weights_jth.new_zeros(tables.sequences, sizes.heads, count, sizes.state, sizes.value)
-    _sum_items[(items, sizes.heads, triton.cdiv(sizes.value, block_p))](
+    _sum_items[(items, sizes.heads, sizes.value // block_p)](
         x_tgn, y_thp, weights_jth, weights_jth.stride(0), sums_mhnp, tables.item, **_constants(sizes, block_p),
         num_warps=8,
     )  # fmt: skip
@@ -205,11 +209,6 @@ def _empty_weights(weights_jth: Tensor) -> Tensor:
     return torch.empty_like(weights_jth, memory_format=torch.contiguous_format)
 
 
-def _value_block(sizes: Sizes) -> int:
-    """Numbers of a value that a program handles at once; narrower bf16 tiles than `LEAST_VALUE` go wrong."""
-    return LEAST_VALUE if sizes.dtype.itemsize == 2 else sizes.value_block(LEAST_VALUE)
-
-
 def _constants(sizes: Sizes, block_p: int) -> dict[str, object]:
     return {
         "H": sizes.heads, "R": sizes.per_group, "N": sizes.state, "P": sizes.value, "TILE": TILE, "BLOCK_P": block_p,
@@ -229,7 +228,7 @@ def _of_tile(tile_ptr, TILE: tl.constexpr):
 @triton.jit
 def _load_bucket(buckets_ptr, sequence, head, bucket, K, n, p, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
     at_np = n[:, None] * P + p[None, :]
-    return tl.load(buckets_ptr + ((sequence * H + head) * K + bucket) * (N * P) + at_np, mask=(p < P)[None, :], other=0)
+    return tl.load(buckets_ptr + ((sequence * H + head) * K + bucket) * (N * P) + at_np)
 
 
 @triton.jit(do_not_specialize=["STRIDE_J", "J", "K"])
@@ -244,8 +243,7 @@ def _read(
     q_at = (first * (H // R) + head // R) * N + t[:, None] * (H // R * N) + n[None, :]
     q_tn = tl.load(q_ptr + q_at, mask=exists_t[:, None], other=0.0)
     o_at = (first * H + head) * P + t[:, None] * (H * P) + p[None, :]
-    exists_tp = exists_t[:, None] & (p < P)[None, :]
-    o_tp = tl.load(o_ptr + o_at, mask=exists_tp, other=0.0).to(tl.float32)
+    o_tp = tl.load(o_ptr + o_at, mask=exists_t[:, None], other=0.0).to(tl.float32)
     for j in range(J):
         bucket = tl.load(bucket_ptr + tl.program_id(0) * J + j)
         if bucket >= 0:
@@ -253,7 +251,7 @@ def _read(
             weight_at = j * STRIDE_J.to(tl.int64) + (first + t) * H + head
             weight_t = tl.load(weights_ptr + weight_at, mask=exists_t, other=0.0)
             o_tp += weight_t[:, None] * tl.dot(q_tn, state_np.to(q_tn.dtype), input_precision=PRECISION)
-    tl.store(total_ptr + o_at, o_tp.to(total_ptr.dtype.element_ty), mask=exists_tp)
+    tl.store(total_ptr + o_at, o_tp.to(total_ptr.dtype.element_ty), mask=exists_t[:, None])
 
 
 @triton.jit(do_not_specialize=["STRIDE_J", "STRIDE_DJ", "J", "tokens", "K"])
@@ -276,17 +274,16 @@ def _to_vectors(
                 weight_at = (first + t) * H + head
                 weight_t = tl.load(weights_ptr + j * STRIDE_J.to(tl.int64) + weight_at, mask=exists_t, other=0.0)
                 dweight_t = tl.zeros([TILE], tl.float32)
-                for block in range((P + BLOCK_P - 1) // BLOCK_P):
+                for block in range(P // BLOCK_P):
                     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
                     y_at = (first * H + head) * P + t[:, None] * (H * P) + p[None, :]
-                    exists_tp = exists_t[:, None] & (p < P)[None, :]
-                    y_tp = tl.load(y_ptr + y_at, mask=exists_tp, other=0.0)
+                    y_tp = tl.load(y_ptr + y_at, mask=exists_t[:, None], other=0.0)
                     state_np = _load_bucket(buckets_ptr, sequence, head, bucket, K, n, p, H, N, P).to(x_tn.dtype)
                     z_tp = tl.dot(x_tn, state_np, input_precision=PRECISION)
                     dweight_t += tl.sum(z_tp * y_tp.to(tl.float32), 1)
                     if WITH_VALUES:
                         dy_tp = (z_tp * weight_t[:, None]).to(y_tp.dtype)
-                        tl.store(dy_ptr + y_at, dy_tp, mask=exists_tp)
+                        tl.store(dy_ptr + y_at, dy_tp, mask=exists_t[:, None])
                     weighted_tp = (y_tp * weight_t[:, None]).to(y_tp.dtype)
                     dx_tn = tl.dot(weighted_tp, tl.trans(state_np), dx_tn, input_precision=PRECISION)
                 tl.store(dweights_ptr + j * STRIDE_DJ.to(tl.int64) + weight_at, dweight_t, mask=exists_t)
@@ -311,12 +308,12 @@ def _sum_items(
         x_at = (t * (H // R) + head // R)[:, None] * N + n[None, :]
         x_tn = tl.load(x_ptr + x_at, mask=exists_t[:, None], other=0.0)
         y_at = (t * H + head)[:, None] * P + p[None, :]
-        y_tp = tl.load(y_ptr + y_at, mask=exists_t[:, None] & (p < P)[None, :], other=0.0)
+        y_tp = tl.load(y_ptr + y_at, mask=exists_t[:, None], other=0.0)
         weight_t = tl.load(weights_ptr + t * H, mask=exists_t, other=0.0)
         weighted_tp = (y_tp * weight_t[:, None]).to(y_tp.dtype)
         sum_np = tl.dot(tl.trans(x_tn), weighted_tp, sum_np, input_precision=PRECISION)
     at_np = (item.to(tl.int64) * H + head) * (N * P) + n[:, None] * P + p[None, :]
-    tl.store(sums_ptr + at_np, sum_np, mask=(p < P)[None, :])
+    tl.store(sums_ptr + at_np, sum_np)
 
 
 @triton.jit(do_not_specialize=["K"])
