@@ -18,12 +18,12 @@ from torch.autograd.function import once_differentiable
 
 def sum_from_start(g_th: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """Log-decay from its sequence's start to each token's end: [T, H], contiguous, in g's dtype."""
-    return _FromStart.apply(g_th, lengths)
+    return _Running.apply(g_th, lengths, False)
 
 
 def sum_to_end(g_th: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """Log-decay from each token's end to its sequence's end: [T, H], contiguous, in g's dtype."""
-    return _ToEnd.apply(g_th, lengths)
+    return _Running.apply(g_th, lengths, True)
 
 
 def sum_of_all(g_th: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -31,28 +31,19 @@ def sum_of_all(g_th: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     return _OfAll.apply(g_th, lengths)
 
 
-class _FromStart(torch.autograd.Function):
+class _Running(torch.autograd.Function):
+    """A custom backward pass, because that of `index_select` adds atomically and so in no fixed order."""
+
     @staticmethod
-    def forward(ctx, g_th, lengths):
-        ctx.lengths = lengths
-        return _from_start(g_th, lengths)
+    def forward(ctx, g_th, lengths, to_end):
+        ctx.lengths, ctx.to_end = lengths, to_end
+        return _running(g_th, lengths, to_end=to_end)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dsum_th):
-        return _to_end(dsum_th, ctx.lengths) + dsum_th, None
-
-
-class _ToEnd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, g_th, lengths):
-        ctx.lengths = lengths
-        return _to_end(g_th, lengths)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dsum_th):
-        return _from_start(dsum_th, ctx.lengths) - dsum_th, None
+        others_th = _running(dsum_th, ctx.lengths, to_end=not ctx.to_end)  # sums from the start count the token itself
+        return others_th - dsum_th if ctx.to_end else others_th + dsum_th, None, None
 
 
 class _OfAll(torch.autograd.Function):
@@ -68,16 +59,11 @@ class _OfAll(torch.autograd.Function):
         return dsum_sh.index_select(0, _row_tables(ctx.lengths, dsum_sh.device)[0]), None
 
 
-def _from_start(g_th: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    until_ht, start_hs, _ = _cumulative(g_th, lengths)
+def _running(g_th: torch.Tensor, lengths: tuple[int, ...], *, to_end: bool) -> torch.Tensor:
+    until_ht, start_hs, end_hs = _cumulative(g_th, lengths)
     row_t, _ = _row_tables(lengths, g_th.device)
-    return _tokens_first(until_ht - start_hs.index_select(1, row_t), g_th)
-
-
-def _to_end(g_th: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    until_ht, _, end_hs = _cumulative(g_th, lengths)
-    row_t, _ = _row_tables(lengths, g_th.device)
-    return _tokens_first(end_hs.index_select(1, row_t) - until_ht, g_th)
+    bound_ht = (end_hs if to_end else start_hs).index_select(1, row_t)
+    return _tokens_first(bound_ht - until_ht if to_end else until_ht - bound_ht, g_th)
 
 
 def _cumulative(g_th: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,6 +75,7 @@ def _cumulative(g_th: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Ten
 
 
 def _tokens_first(x_ht: torch.Tensor, g_th: torch.Tensor) -> torch.Tensor:
+    """[T, H], contiguous, in g's dtype; where `to` has nothing to convert, it copies nothing either."""
     return x_ht.t().to(g_th.dtype, memory_format=torch.contiguous_format).contiguous()
 
 

@@ -108,7 +108,9 @@ def layouts(draw: st.DrawFn) -> Inputs:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("state_dim", "head_dim"), [(16, 16), (16, 64), (64, 128), (128, 64), (128, 256), (256, 128)])
+@pytest.mark.parametrize(
+    ("state_dim", "head_dim"), [(16, 16), (64, 32), (16, 64), (64, 128), (128, 64), (128, 256), (256, 128)]
+)
 def test_what_context_ranks_hand_on(dtype: torch.dtype, state_dim: int, head_dim: int) -> None:
     sizes = Sizes(groups=2, heads=4, state_dim=state_dim, head_dim=head_dim, levels=14)
     inputs = replace(random_inputs(6, 1, 2000, sizes), cu_seqlens=boundaries([500, 0, 1500]))

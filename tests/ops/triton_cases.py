@@ -64,6 +64,7 @@ CASES: dict[str, Callable[[], Inputs]] = {
     "documents": lambda: packed([100, 3, 0, 397, 128]),
     "a state": lambda: packed([300], (137,), WIDE),
     "states and documents": lambda: packed([60, 0, 200], (0, 130, 517), WIDE),
+    "a state, narrow values": lambda: packed([300], (137,)),
     "a state without level scales": lambda: packed([150], (200,), replace(WIDE, levels=None)),
 }
 

@@ -13,6 +13,12 @@ LEAST_VALUE = 64  # smaller ones are padded: Triton 3.6 multiplies narrower tile
 ENOUGH_PROGRAMS = 500  # several for each multiprocessor of a large GPU
 
 
+def fits(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether tiles of q [..., N] (or k) and v [..., P] are known to work in v's dtype; fp16 is computed as fp32."""
+    largest = max(STATE_SIZES) if v.dtype == torch.bfloat16 else LARGEST_FP32_STATE
+    return q.shape[-1] in STATE_SIZES and q.shape[-1] <= largest and v.shape[-1] in VALUE_SIZES
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Heads, groups, state (key) and value sizes of a call."""
@@ -22,6 +28,11 @@ class Sizes:
     state: int
     value: int
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, q_tgn: torch.Tensor, v_thp: torch.Tensor) -> Sizes:
+        """The sizes of a call with queries or keys [T, G, N] and values or outputs [T, H, P]."""
+        return cls(v_thp.shape[1], q_tgn.shape[1], q_tgn.shape[2], v_thp.shape[2], v_thp.dtype)
 
     @property
     def per_group(self) -> int:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from loglinear.ops.checks import Sequences
-from loglinear.ops.triton.config import LARGEST_FP32_STATE, LEAST_VALUE, STATE_SIZES, VALUE_SIZES, Sizes
+from loglinear.ops.triton.config import LEAST_VALUE, Sizes, fits
 from loglinear.ops.triton.edge_tables import TILE, EdgeTables, final_tables, initial_tables
 from loglinear.ops.triton.operator import operator
 
@@ -30,13 +30,10 @@ Tensor = torch.Tensor
 def supports_edges(k: Tensor, v: Tensor) -> bool:
     """Whether these kernels take keys k [..., N] and values v [..., P]: bf16 as they are, and fp32.
 
-    Values narrower than `LEAST_VALUE` are not padded here: what takes so small a state is nothing large.
+    Values narrower than `LEAST_VALUE`, whose tiles go wrong, would have to be padded, which is not worth it for states so small.
     """
-    if v.dtype not in (torch.bfloat16, torch.float32) or k.dtype != v.dtype:
-        return False
-    largest = max(STATE_SIZES) if v.dtype == torch.bfloat16 else LARGEST_FP32_STATE
-    fits = k.shape[-1] in STATE_SIZES and v.shape[-1] in VALUE_SIZES
-    return fits and k.shape[-1] <= largest and v.shape[-1] >= LEAST_VALUE
+    dtypes = v.dtype in (torch.bfloat16, torch.float32) and k.dtype == v.dtype
+    return dtypes and fits(k, v) and v.shape[-1] >= LEAST_VALUE
 
 
 @operator("loglinear::read_buckets")
@@ -57,7 +54,7 @@ def read_buckets(
         weights_jth: fp32 [J, T, H] of each token's j-th occupied bucket; contiguous but perhaps for J.
         lengths, starts: of the sequences.
     """
-    tables, sizes = initial_tables(_sequences(lengths, starts), o_thp.device), _sizes(q_tgn, o_thp)
+    tables, sizes = initial_tables(_sequences(lengths, starts), o_thp.device), Sizes.of(q_tgn, o_thp)
     total_thp, block_p = torch.empty_like(o_thp), sizes.value_block(LEAST_VALUE)
     _read[(len(tables.tile), sizes.heads, sizes.value // block_p)](
         o_thp, total_thp, q_tgn, buckets_shknp, weights_jth, weights_jth.stride(0), tables.tile, tables.bucket,
@@ -167,7 +164,7 @@ def _gradients(
     x_tgn: Tensor, y_thp: Tensor, buckets_shknp: Tensor, weights_jth: Tensor, tables: EdgeTables, *, with_values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For z = S^T x of each token: sum of weight * S y over heads and buckets, <z, y>, and, if wanted, weight * z."""
-    sizes = _sizes(x_tgn, y_thp)
+    sizes = Sizes.of(x_tgn, y_thp)
     at_once, block_p = sizes.heads_at_once(len(tables.tile), 32), sizes.value_block(LEAST_VALUE)
     dx_wtgn = x_tgn.new_empty(sizes.per_group // at_once, *x_tgn.shape, dtype=torch.float32)
     dweights_jth = _empty_weights(weights_jth).zero_()
@@ -182,7 +179,7 @@ def _gradients(
 
 def _sums(x_tgn: Tensor, y_thp: Tensor, weights_jth: Tensor, count: int, tables: EdgeTables) -> Tensor:
     """S = sum of weight * x y^T over the tokens of each bucket: fp32 [S, H, K, N, P]."""
-    sizes, items = _sizes(x_tgn, y_thp), len(tables.item)
+    sizes, items = Sizes.of(x_tgn, y_thp), len(tables.item)
     block_p = sizes.value_block(LEAST_VALUE)
     sums_mhnp = weights_jth.new_empty(items, sizes.heads, sizes.state, sizes.value)
     buckets_shknp = weights_jth.new_zeros(tables.sequences, sizes.heads, count, sizes.state, sizes.value)
@@ -199,10 +196,6 @@ def _sums(x_tgn: Tensor, y_thp: Tensor, weights_jth: Tensor, count: int, tables:
 
 def _sequences(lengths: Sequence[int], starts: Sequence[int]) -> Sequences:
     return Sequences(tuple(lengths), tuple(starts))
-
-
-def _sizes(x_tgn: Tensor, y_thp: Tensor) -> Sizes:
-    return Sizes(y_thp.shape[1], x_tgn.shape[1], x_tgn.shape[2], y_thp.shape[2], y_thp.dtype)
 
 
 def _empty_weights(weights_jth: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from loglinear.ops.device import without_autocast
 from loglinear.ops.edges import read_initial_state, state_after
 from loglinear.ops.plan import plan_counts
 from loglinear.ops.state import LogLinearState
-from loglinear.ops.triton.config import LARGEST_FP32_STATE, LEAST_VALUE, STATE_SIZES, VALUE_SIZES, Sizes
+from loglinear.ops.triton.config import LEAST_VALUE, Sizes, fits
 from loglinear.ops.triton.decay_backward import decay_gradients
 from loglinear.ops.triton.intra_backward import intra_gradients
 from loglinear.ops.triton.keys import key_gradients
@@ -33,10 +33,7 @@ Tensor = torch.Tensor
 
 def supports(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels are known to work for the sizes and the dtype of q [B, T, G, N] and v [B, T, H, P]."""
-    if v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    largest = max(STATE_SIZES) if v.dtype == torch.bfloat16 else LARGEST_FP32_STATE
-    return q.shape[-1] in STATE_SIZES and q.shape[-1] <= largest and v.shape[-1] in VALUE_SIZES
+    return v.dtype in (torch.bfloat16, torch.float16, torch.float32) and fits(q, v)
 
 
 def triton_log_linear_attention(
@@ -76,10 +73,6 @@ def triton_log_linear_attention(
     return o_thp.reshape(v.shape).to(v.dtype), state
 
 
-def _sizes(q_tgn: Tensor, v_thp: Tensor) -> Sizes:
-    return Sizes(v_thp.shape[1], q_tgn.shape[1], q_tgn.shape[2], v_thp.shape[2], v_thp.dtype)
-
-
 @operator("loglinear::forward")
 def _forward(
     q_tgn: Tensor,
@@ -93,7 +86,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, and what backward reads again: states of runs, level scales (empty without), the fields of `Decays`."""
     tables = make_tables(Sequences(tuple(lengths), tuple(starts)), v_thp.device)
-    sizes = _sizes(q_tgn, v_thp)
+    sizes = Sizes.of(q_tgn, v_thp)
     decays = sum_decays(g_th, tables)
     scales_chlt = None if scales_thl is None else slots_innermost(scales_thl, tables)
     states_xhnp = run_states(k_tgn, v_thp, decays, tables, sizes)
@@ -136,7 +129,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and level scales (empty without)."""
     tables = make_tables(Sequences(tuple(lengths), tuple(starts)), v_thp.device)
-    sizes = _sizes(q_tgn, v_thp)
+    sizes = Sizes.of(q_tgn, v_thp)
     decays = Decays(decay_cht, boundary_xh, state_decay_xh, read_decay_mh)
     scales = scales_chlt if len(scales_chlt) else None
     dpieces_yhnp = piece_gradients(q_tgn, do_thp, scales, decays, scale, tables, sizes)
