@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 def supports_edges(k: Tensor, v: Tensor) -> bool:
     """Whether these kernels take keys k [..., N] and values v [..., P]: bf16 as they are, and fp32.
 
-    Values narrower than `LEAST_VALUE`, whose tiles go wrong, would have to be padded, which is not worth it for states so small.
+    Values narrower than `LEAST_VALUE`, whose tiles go wrong, would have to be padded: states so small are not worth it.
     """
     dtypes = v.dtype in (torch.bfloat16, torch.float32) and k.dtype == v.dtype
     return dtypes and fits(k, v) and v.shape[-1] >= LEAST_VALUE
