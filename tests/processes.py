@@ -22,7 +22,7 @@ _context.set_forkserver_preload(["tests.preloaded"])
 _afresh = multiprocessing.get_context("spawn")  # for GPUs, which a fork cannot use
 # Ranks meet at a store that is there already, as torchrun's do: a port chosen for them could be taken until they come.
 _stores: WeakKeyDictionary[BaseProcess, TCPStore] = WeakKeyDictionary()  # by each start's first rank
-_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:

@@ -18,7 +18,7 @@ from loglinear.config import Config
 from loglinear.scaling.results import Result
 from loglinear.train.folder import RunFolder, read_records
 
-EVERY, AFTER = 5, 3  # a checkpoint every so many steps; the rank is killed so many after the first
+EVERY, AFTER = 5, 3  # a checkpoint every so many steps; the rank is killed so many after one
 VOCAB, TRAIN_BYTES = 1024, 1_000_000  # of the tokenizer, which is trained on Python's standard library
 STEPS = 100_000  # more than will be made
 PATIENCE = 300.0  # seconds for each event to come
@@ -50,7 +50,7 @@ def measure_recovery(config: Config, length: int, cluster: ClusterConfig, folder
     submission.submit(submission.plan(run, cluster), cluster)
     job, metrics = JobFolder.of(run.run.folder), RunFolder(run.run.folder).metrics
     try:
-        _wait(job, lambda: job.last_step() >= EVERY and _steps(metrics) >= EVERY + AFTER)
+        _wait(job, lambda: 0 < job.last_step() <= _steps(metrics) - AFTER)
         return _kill_and_watch(job, metrics)
     finally:
         if status.is_active(job):

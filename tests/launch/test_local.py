@@ -29,7 +29,7 @@ def loglinear(*arguments: str | Path, code: int = 0) -> str:
     """What the command says on stdout, or, if it is to fail with `code`, on stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "loglinear", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "250", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "250", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,

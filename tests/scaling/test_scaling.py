@@ -93,8 +93,9 @@ def test_all_is_measured_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_rank_is_killed_and_the_run_trains_again(tmp_path: Path) -> None:
     bench_scaling([TINY], ["recovery"], (64,), 64, 2, tmp_path)
     (result,) = Results(tmp_path).read().values()
-    assert result["killed_after"] > result["from_step"] >= 5
+    assert result["from_step"] >= 5
     assert result["from_step"] % 5 == 0
+    assert 0 <= result["killed_after"] - result["from_step"] <= 5, "it went on from the last checkpoint"
     order = [result[f"{event}_seconds"] for event in ("noticed", "started", "trains", "caught_up")]
     assert order == sorted(order)
     assert order[0] > 0

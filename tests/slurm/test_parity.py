@@ -27,7 +27,7 @@ def test_two_nodes_of_two_ranks_give_what_torchrun_gives_on_four(launcher: Launc
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     subprocess.run(
         [*command, "-m", "loglinear", "train", str(config)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
         capture_output=True,
     )
