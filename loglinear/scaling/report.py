@@ -72,8 +72,8 @@ def _speed(found: dict[str, Result]) -> str:
 def _weak(found: dict[str, Result]) -> str:
     heading = ("weak scaling", "tokens/s", "MFU", "GB at the peak", "communication", "exposed", "of linear")
     first = {each["layout"]: each for each in found.values() if each["ranks"] == 1}
-    rows = [(_place(each), *_cells(each), _efficiency(each, first)) for each in found.values()]
-    return _table(heading, sorted(rows))
+    ordered = sorted(found.values(), key=lambda each: (each["layout"], each["ranks"]))
+    return _table(heading, ((_place(each), *_cells(each), _efficiency(each, first)) for each in ordered))
 
 
 def _efficiency(each: Result, first: dict[str, Result]) -> str:

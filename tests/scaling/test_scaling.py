@@ -50,7 +50,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_is_measured_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ([TINY], ["parity", "reshard", "speed", "weak"], (64,), 128, 2, tmp_path)
+    arguments = ([TINY], ["parity", "reshard", "speed", "weak"], (64,), 512, 2, tmp_path)
     bench_scaling(*arguments)
     found = Results(tmp_path).read()
 
@@ -71,18 +71,20 @@ def test_all_is_measured_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     model = build_model(TINY.model, 0)
     for layout in LAYOUTS:
         result = found[f"speed/tiny/64/{layout} on 2"]
-        tokens = 2 * 128  # of two data-parallel ranks, whatever the layout
+        tokens = 2 * 512  # of two data-parallel ranks, whatever the layout
         assert (result["tokens"], result["parameters"]) == (tokens, model.parameter_count())
         flops = 3 * model.flops_per_token(64) * tokens
         assert result["mfu"] == pytest.approx(flops / result["seconds"] / (2 * 0.5e12))
         assert (result["peak_bytes"], result["exposed_seconds"], result["recomputes"]) == (None, None, False)
 
     weak = {name: result["tokens"] / result["ranks"] for name, result in found.items() if name.startswith("weak/")}
-    assert set(weak.values()) == {128}
-    assert {"weak/tiny/64/DP ZeRO-1 on 2", "weak/tiny/256/CP on 2", "weak/tiny/128/CP on 1"} <= weak.keys()
+    assert set(weak.values()) == {512}
+    assert {"weak/tiny/64/DP ZeRO-1 on 2", "weak/tiny/1024/CP on 2", "weak/tiny/512/CP on 1"} <= weak.keys()
 
     table = (tmp_path / "scaling.md").read_text()
     assert capsys.readouterr().out.count("as without stopping") == table.count("as without stopping") == 6
+    rows = [line.split(", ")[-1] for line in table[table.index("| weak scaling") :].splitlines()[2:]]
+    assert [row.partition(" |")[0] for row in rows] == ["CP on 1", "CP on 2", "DP ZeRO-1 on 1", "DP ZeRO-1 on 2"]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
     bench_scaling(*arguments)
