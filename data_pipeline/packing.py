@@ -1,8 +1,9 @@
 """Documents into rows of T + 1 tokens, best fit, so that few documents are cut; beside what concatenation would cut.
 
-A row gives T inputs and T labels. A document that is longer than a row keeps whole rows of its own, which follow
-each other and overlap by a token; only its beginning, which is shorter, shares a row with other documents, so
-whatever does not begin its row begins with bos. What no document fits is filled with bos, which is no text.
+A row gives T inputs and T labels. A document that does not fit into one is cut in any case, so these follow each other
+in rows that overlap by a token: of the place of a cut the first row has only the label, the second only the input, and
+no row tells that a document ends where it does not. Into the rest of their last row and into rows of their own go the
+documents that fit into one. What no document fits is filled with bos, which is no text.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ class Packed:
 def pack_best_fit(documents: Sequence[np.ndarray], seq_len: int, bos_id: int) -> Packed:
     """Pack `documents`, each bos and then its pieces, into rows of `seq_len` + 1 tokens.
 
-    Rows come in the order of the first document in each.
+    Rows come in the order of the document that each begins with.
     """
     size = seq_len + 1
-    pieces = [piece for document in documents for piece in _pieces(document, seq_len)]
-    rows = sorted(_best_fit([len(piece) for piece in pieces], size))
+    pieces = [*_cut_pieces(documents, seq_len), *((n, doc) for n, doc in enumerate(documents) if len(doc) <= size)]
+    rows = _best_fit([len(piece) for _, piece in pieces], size)
+    rows.sort(key=lambda members: pieces[members[0]][0])
     tokens = np.full((len(rows), size), bos_id, documents[0].dtype if documents else np.uint16)
     for row, members in zip(tokens, rows, strict=True):
-        filled = np.concatenate([pieces[member] for member in members])
+        filled = np.concatenate([pieces[member][1] for member in members])
         row[: len(filled)] = filled
     return Packed(
         tokens.reshape(-1),
-        padding=tokens.size - sum(map(len, pieces)),
+        padding=tokens.size - sum(len(piece) for _, piece in pieces),
         cut=sum(len(document) > size for document in documents),
         cut_concatenated=cut_by_concatenation(map(len, documents), seq_len),
     )
@@ -57,13 +59,18 @@ def cut_by_concatenation(lengths: Iterable[int], seq_len: int) -> int:
     return int((starts // seq_len != (ends - 1) // seq_len).sum())
 
 
-def _pieces(document: np.ndarray, seq_len: int) -> Iterator[np.ndarray]:
-    """A document's beginning, if that is shorter than a row, and then whole rows."""
-    beginning = (len(document) - 1) % seq_len
-    if beginning:
-        yield document[: beginning + 1]
-    for start in range(beginning, len(document) - 1, seq_len):
-        yield document[start : start + seq_len + 1]
+def _cut_pieces(documents: Sequence[np.ndarray], seq_len: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of the documents that fit into none, one after the other, each with the document that it begins in.
+
+    All but the last are full. The last has to begin its row, for its first token need not be bos.
+    """
+    numbers = [number for number, document in enumerate(documents) if len(document) > seq_len + 1]
+    if not numbers:
+        return
+    ends = np.cumsum([len(documents[number]) for number in numbers])
+    stream = np.concatenate([documents[number] for number in numbers])
+    for start in range(0, len(stream) - 1, seq_len):
+        yield numbers[np.searchsorted(ends, start, "right")], stream[start : start + seq_len + 1]
 
 
 def _best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

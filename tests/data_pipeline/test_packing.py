@@ -41,8 +41,8 @@ def test_every_token_is_a_label_once(lengths: list[int], seq_len: int) -> None:
     labels = batch.labels[batch.labels != IGNORED].numpy()
     wanted = np.concatenate([document[1:] for document in given_documents])
     assert sorted(labels[labels != BOS]) == sorted(wanted)
-    text = sum(lengths) + sum((n - 1) // seq_len - ((n - 1) % seq_len == 0) for n in lengths)  # neighbours share one
-    assert packed.padding == rows.size - text
+    long = sum(n for n in lengths if n > seq_len + 1)
+    assert packed.padding == rows.size - sum(lengths) - max(0, (long - 2) // seq_len)  # neighbours share one
     assert packed.cut == sum(n > seq_len + 1 for n in lengths)
 
 
@@ -56,6 +56,17 @@ def test_a_token_follows_the_one_before_it_or_starts_a_sequence(lengths: list[in
     for place, token in enumerate(inputs):
         if place not in starts and token != BOS:
             assert before[token] == inputs[place - 1]
+
+
+@given(lengths=lengths, seq_len=st.integers(1, 20))
+def test_a_document_ends_where_a_label_says_so(lengths: list[int], seq_len: int) -> None:
+    """And there alone; only what stands last in its row, and so is no input, has no label."""
+    given_documents = documents(lengths)
+    rows = pack_best_fit(given_documents, seq_len, BOS).tokens.reshape(-1, seq_len + 1)
+    batch = make_batch(list(rows), seq_len, BOS, [seq_len] * len(rows))
+    told = batch.inputs[batch.labels == BOS].tolist()
+    ends = {int(document[-1]) for document in given_documents}
+    assert sorted(told) == sorted(ends & set(batch.inputs.flatten().tolist()))
 
 
 def test_best_fit_cuts_fewer_documents_and_wastes_little() -> None:
@@ -73,12 +84,13 @@ def test_best_fit_cuts_fewer_documents_and_wastes_little() -> None:
     assert packed.padding / len(packed.tokens) < 0.01
 
 
-def test_long_documents_keep_rows_that_follow_each_other() -> None:
-    document = documents([4 * 16 + 6])[0]
-    rows = pack_best_fit([document], 16, BOS).tokens.reshape(-1, 17)
-    np.testing.assert_array_equal(rows[0], [*document[:6], *[BOS] * 11])
-    for row, start in zip(rows[1:], range(5, 69, 16), strict=True):
-        np.testing.assert_array_equal(row, document[start : start + 17])
+def test_long_documents_follow_each_other_and_short_ones_fill_their_last_row() -> None:
+    short, first, second = documents([5, 2 * 16 + 6, 16 + 3])
+    rows = pack_best_fit([short, first, second], 16, BOS).tokens.reshape(-1, 17)
+    stream = np.concatenate([first, second])  # 57 tokens: three rows of 17 that share one, and 9
+    for row, start in zip(rows[:3], range(0, 48, 16), strict=True):
+        np.testing.assert_array_equal(row, stream[start : start + 17])
+    np.testing.assert_array_equal(rows[3], [*stream[48:], *short, BOS, BOS, BOS])
 
 
 def test_sequences_end_where_the_curriculum_says() -> None:
