@@ -190,6 +190,8 @@ def settings_of(data: DataConfig, vocab_size: int) -> dict[str, Any]:
     if trained:
         settings["data.tokenizer.train_bytes"] = data.tokenizer.train_bytes
         settings["model.vocab_size"] = vocab_size
+    else:
+        settings["data.tokenizer.bos"] = data.tokenizer.bos
     if data.is_mixture:  # whose own folder holds the tokenizer alone: sources may join and leave
         return settings
     settings |= {

@@ -63,12 +63,12 @@ class SentencePieceModel:
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of `tokens`; bos is left out."""
-        return self._model.decode(tokens)
+        """The text of `tokens`; bos is left out, and so is what is no piece."""
+        return self._model.decode([token for token in tokens if token < self.vocab_size])
 
     def piece(self, token: int) -> str:
-        """A token as the model writes it."""
-        return self._model.id_to_piece(token)
+        """A token as the model writes it; "" if it is no piece."""
+        return self._model.id_to_piece(token) if token < self.vocab_size else ""
 
     def _encode_plain(self, text: str) -> list[int]:
         if not self._by_line:
@@ -135,11 +135,11 @@ class HuggingFaceModel:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of `tokens`; special pieces are left out."""
+        """The text of `tokens`; special pieces are left out, and so is what is no piece."""
         return self._model.decode(tokens)
 
     def piece(self, token: int) -> str:
-        """A token as the file writes it."""
+        """A token as the file writes it; "" if it is no piece."""
         return self._model.id_to_token(token) or ""
 
     def _find_bos(self, path: Path, content: bytes, bos: str | None) -> int:

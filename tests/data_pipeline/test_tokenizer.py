@@ -113,6 +113,26 @@ def with_special(path: Path, *names: str) -> Path:
     return changed
 
 
+def test_another_bos_is_another_preparation(byte_level: Path, configure: Callable[..., DataConfig]) -> None:
+    """Else documents of one would be looked for by the other, and not found."""
+    path = with_special(byte_level, "<|pad|>")
+    data = configure(tokenizer=TokenizerConfig(path=path, bos="<|endoftext|>"))
+    prepare(data, 401)
+    other = data.model_copy(update={"tokenizer": TokenizerConfig(path=path, bos="<|pad|>")})
+    with pytest.raises(UserError, match=r"prepared with data.tokenizer.bos = .*endoftext.*configuration says .*pad"):
+        prepare(other, 401)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
+def test_what_is_no_piece_has_no_text(prepared: DataConfig, byte_level: Path, kind: str) -> None:
+    """A model may have more embeddings than the tokenizer has pieces, and write any of them before it has learned."""
+    tokenizer = Tokenizer(byte_level if kind == "tokenizer.json" else prepared.dir / "tokenizer.model")
+    tokens = tokenizer.encode("some text")
+    strange = [tokenizer.vocab_size, *tokens, tokenizer.vocab_size + 99]
+    assert tokenizer.decode(strange) == "some text"
+    assert tokenizer.pieces(strange) == ["", *tokenizer.pieces(tokens), ""]
+
+
 def test_bos_is_asked_for_where_the_file_does_not_tell_it(byte_level: Path) -> None:
     path = with_special(byte_level, "<|pad|>")
     with pytest.raises(UserError, match=r"set data.tokenizer.bos to one of <\|endoftext\|>, <\|pad\|>"):
