@@ -7,6 +7,7 @@ Shapes: b batch, t time, d model width, v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from loglinear.errors import UserError
 from loglinear.model.layers import Documents
 from loglinear.model.lm import DecodeState, LanguageModel
+from loglinear.ops.projections import Layer, Projections
 
 # What transformers calls the cache: it was renamed in version 5.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -48,12 +51,14 @@ class LogLinearLMConfig(PretrainedConfig):
         mlp_dim: int = 1,
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
+        tie_word_embeddings: bool = True,
         **others: Any,
     ) -> None:
         self.vocab_size, self.seq_len, self.dim, self.layers = vocab_size, seq_len, dim, layers
         self.pattern, self.log_linear, self.softmax = list(pattern), log_linear or {}, softmax or {}
         self.mlp_dim, self.norm_eps, self.init_std = mlp_dim, norm_eps, init_std
         super().__init__(**others)
+        self.tie_word_embeddings = tie_word_embeddings
 
     def of_model(self) -> SimpleNamespace:
         """The same as `LanguageModel` reads it."""
@@ -85,16 +90,28 @@ class LogLinearCache:
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row b what row `beam_idx[b]` was; `beam_idx` is int64 [B]. Beam search asks for it."""
-        self.state = _rows(self.state, beam_idx)
+        self.state = _each(self.state, lambda x: x[beam_idx.to(x.device)])
 
 
-def _rows(part: Any, rows: torch.Tensor) -> Any:
-    """The given rows of every tensor in a state."""
+def _each(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A state whose tensors are changed."""
     if isinstance(part, torch.Tensor):
-        return part[rows.to(part.device)]
+        return change(part)
     if isinstance(part, tuple):
-        return tuple(_rows(each, rows) for each in part)
-    return replace(part, **{field.name: _rows(getattr(part, field.name), rows) for field in fields(part)})
+        return tuple(_each(each, change) for each in part)
+    return replace(part, **{field.name: _each(getattr(part, field.name), change) for field in fields(part)})
+
+
+class CalledLayers(nn.Module):
+    """In place of `Projections`: it calls the layers, for others may have wrapped, hooked or replaced them.
+
+    Adapters (peft), weights that are brought from the CPU when they are needed (accelerate) and quantised layers live
+    by that. Weights that are in no layer of their own, `mlp_token`'s, are as they are.
+    """
+
+    def forward(self, x_btd: torch.Tensor, layers: Sequence[Layer]) -> tuple[torch.Tensor, ...]:
+        """What each layer makes of x [B, T, D], [B, T, E] each."""
+        return tuple(F.linear(x_btd, layer) if isinstance(layer, torch.Tensor) else layer(x_btd) for layer in layers)
 
 
 class LogLinearForCausalLM(PreTrainedModel, GenerationMixin):
@@ -114,17 +131,22 @@ class LogLinearForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LogLinearLMConfig) -> None:
         super().__init__(config)
         self.model = LanguageModel(config.of_model())  # pyright: ignore[reportArgumentType]  # reads as a ModelConfig
+        for half in self.model.modules():
+            if isinstance(getattr(half, "project", None), Projections):
+                half.project = CalledLayers()
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         cache: LogLinearCache | None = None,
         past_key_values: LogLinearCache | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss if there are labels.
@@ -134,35 +156,50 @@ class LogLinearForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, all columns so far], 0 at padding; None if there is none.
             labels: int64 [B, T], the inputs themselves, -100 where the loss does not count; they are shifted here.
             use_cache: also return what was read, to go on from.
-            logits_to_keep: how many last columns to give logits of; 0 for all.
+            logits_to_keep: how many last columns to give logits of, 0 for all; or which, int64 [K].
             cache: what was read before, under its new name.
             past_key_values: the same under its old name.
+            num_items_in_batch: labels of all micro-batches of a step, by which to divide; None for those of this one.
             ignored: what transformers says besides.
 
         Returns:
-            fp32 `logits` [B, T, V], `loss` (mean over the labels, in nats) and the cache, where asked for.
+            fp32 `logits` [B, T, V], `loss` (nats a label) and the cache, where asked for.
         """
         given = cache if cache is not None else past_key_values
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         mask_bt = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
         if use_cache or given is not None:
-            given = given or LogLinearCache(self.model.initial_state(len(input_ids)))
+            given = given or self._empty_cache(input_ids)
             x_btd, state = self.model.read(input_ids, given.state, _lengths(mask_bt))
             given = LogLinearCache(state, given.columns + input_ids.shape[1])
-            logits_btv = self.model.logits(x_btd[:, -logits_to_keep:])
+            logits_btv = self.model.logits(x_btd[:, kept])
         else:
-            logits_btv = self.model(input_ids, documents=_documents(mask_bt))[:, -logits_to_keep:]
+            logits_btv = self.model(input_ids, documents=_documents(mask_bt))[:, kept]
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_btv[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            loss = self.loss_function(logits_btv, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits_btv, **{CACHE: given})  # pyright: ignore[reportArgumentType]
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
         return self.model.embedding
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Take another embedding."""
+        self.model.embedding = value
+
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Take another head."""
+        self.model.head = new_embeddings
+
+    def _empty_cache(self, input_ids: torch.Tensor) -> LogLinearCache:
+        """Before the first token; where weights are brought from elsewhere, they do not tell the device."""
+        state = self.model.initial_state(len(input_ids))
+        return LogLinearCache(_each(state, lambda x: torch.zeros_like(x, device=input_ids.device) if x.is_meta else x))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

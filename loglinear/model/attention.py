@@ -71,8 +71,8 @@ class SoftmaxMixer(nn.Module):
         self, x_btd: torch.Tensor, documents: Documents, state: KeyValueCache | None = None
     ) -> tuple[torch.Tensor, KeyValueCache | None]:
         """Mix along time within documents; arguments and result as in `LogLinearMixer.forward`."""
-        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        q_bthp, k_bthp, v_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in self.project(x_btd, weights))
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q_bthp, k_bthp, v_bthp = (x.unflatten(2, (-1, self.head_dim)) for x in self.project(x_btd, layers))
         q_bthp, k_bthp = (rotate(x, documents.positions_bt, self.rope_base) for x in (q_bthp, k_bthp))
         if state is None:
             o_bthp = self.core(q_bthp, k_bthp, v_bthp, documents)
@@ -111,7 +111,8 @@ def causal_attention(
     if lengths is not None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_bthp.device).tril(keys - queries)
         known_bs = torch.arange(keys) >= keys - lengths[:, None]
-        own_ts = torch.eye(keys, dtype=torch.bool, device=q_bthp.device)[-queries:]  # padding must see something
+        at_t = torch.arange(keys - queries, keys, device=q_bthp.device)
+        own_ts = torch.arange(keys, device=q_bthp.device) == at_t[:, None]  # padding must see something
         mask = (mask & known_bs[:, None, None].to(q_bthp.device)) | own_ts
     o_bhtp = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q_bthp, k_bshp, v_bshp)), attn_mask=mask, is_causal=mask is None and queries > 1

@@ -145,7 +145,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
         """Shapes [B, T, D] in and out."""
-        return self.down(silu_product(*self.project(x_btd, (self.gate.weight, self.up.weight))))
+        return self.down(silu_product(*self.project(x_btd, (self.gate, self.up))))
 
     def step(self, x_bd: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """x + self(norm(x)) for one token of each document, [B, D] in and out, without gradients or hooks."""

@@ -26,7 +26,7 @@ from loglinear.ops import (
 from loglinear.ops.flops import attention_flops, linear_flops
 from loglinear.ops.lambda_map import make_lambda_map
 from loglinear.ops.neighbours import discretise, norm_linears, skip_gate_norm_onto, step_inputs
-from loglinear.ops.projections import Projections
+from loglinear.ops.projections import Layer, Projections, weights_of
 
 DECAY_RANGE = (1.0, 16.0)  # of A at the start, uniform, as in Mamba-2
 STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt bias) at the start, log-uniform, as in Mamba-2
@@ -149,7 +149,7 @@ class LogLinearMixer(nn.Module):
             [B, T, D], and the state after the last token if a state was given.
         """
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        q, k, v, z, raw_bth, *of_token = self.project(x_btd, self._token_weights())
+        q, k, v, z, raw_bth, *of_token = self.project(x_btd, self._token_layers())
         inputs = [q, k, v]
         past = (None, None, None) if state is None else state.recent
         q, k, v = self.convolve(convs, inputs, past, documents)
@@ -179,7 +179,7 @@ class LogLinearMixer(nn.Module):
             [B, D].
         """
         assert isinstance(state.memory, StateInPlace)
-        q, k, v, z, raw_bh, *of_token = norm_linears(x_bd, norm.weight, norm.eps, self._token_weights())
+        q, k, v, z, raw_bh, *of_token = norm_linears(x_bd, norm.weight, norm.eps, weights_of(self._token_layers()))
         convs = (self.q_conv, self.k_conv, self.v_conv)
         taps, biases = tuple(conv.weight for conv in convs), tuple(conv.bias for conv in convs)
         steps = (raw_bh, self.dt_bias, self.A_log, state.memory.sums_sh)
@@ -193,10 +193,10 @@ class LogLinearMixer(nn.Module):
         gate = (self.D, self.norm.weight, self.norm.eps)
         return skip_gate_norm_onto(x_bd, o_bhp, v_bhp, z_bhp, *gate, self.out_proj.weight)
 
-    def _token_weights(self) -> tuple[torch.Tensor, ...]:
-        """[E, D] of all linear layers that read the input: q, k, v, z, dt, and those of the lambda map."""
-        layers = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
-        return (*(layer.weight for layer in layers), *self.lambda_map.token_weights())
+    def _token_layers(self) -> tuple[Layer, ...]:
+        """All linear layers that read the input: q, k, v, z, dt, and those of the lambda map."""
+        own = (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.dt_proj)
+        return (*own, *self.lambda_map.token_layers())
 
     def initial_state(self, batch: int) -> MixerState:
         """The state before the first token of `batch` documents, in fp32, with the weights' device."""

@@ -19,6 +19,7 @@ from loglinear.ops.checks import at_least_fp32
 from loglinear.ops.fenwick import num_levels
 from loglinear.ops.flops import linear_flops
 from loglinear.ops.neighbours import adaptive_scales
+from loglinear.ops.projections import Layer
 
 SOFTPLUS_INVERSE_OF_1 = math.log(math.expm1(1.0))
 
@@ -38,15 +39,15 @@ class LambdaMap(nn.Module):
         super().__init__()
         self.levels, self.beyond = levels, beyond
 
-    def token_weights(self) -> tuple[torch.Tensor, ...]:
-        """[E, D] of each linear layer that reads the mixer's input, for whoever computes all its products at once."""
+    def token_layers(self) -> tuple[Layer, ...]:
+        """The linear layers that read the mixer's input, for whoever computes all its products at once."""
         return ()
 
     def forward(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor, length: int) -> torch.Tensor | None:
         """Level scales, or None if they are all one.
 
         Args:
-            of_token: the mixer's input times the transpose of each of `token_weights`, [B, T, E].
+            of_token: the mixer's input times each of `token_layers`, [B, T, E].
             positions_bt: int64 [B, T], of each token in its own document.
             length: at least the largest position + 1.
 
@@ -143,8 +144,8 @@ class _Projected(LambdaMap):
         self.level_proj = nn.Linear(dim, heads * levels, bias=False)
         nn.init.normal_(self.level_proj.weight, std=dim**-0.5)  # unit variance from a normed input
 
-    def token_weights(self) -> tuple[torch.Tensor, ...]:
-        return (self.level_proj.weight,)
+    def token_layers(self) -> tuple[Layer, ...]:
+        return (self.level_proj,)
 
     def level_logits(self, of_token: Sequence[torch.Tensor]) -> torch.Tensor:
         """dl: [B, T, H, L]."""
@@ -223,7 +224,7 @@ class TokenMLPLambdaMap(LambdaMap):
         super().__init__(levels, beyond)
         self.mlp = LambdaMLP(dim, hidden, heads * levels)
 
-    def token_weights(self) -> tuple[torch.Tensor, ...]:
+    def token_layers(self) -> tuple[Layer, ...]:
         return (self.mlp.weight1,)
 
     def logits(self, of_token: Sequence[torch.Tensor], positions_bt: torch.Tensor) -> torch.Tensor:

@@ -26,12 +26,20 @@ from torch.nn import functional as F
 NARROW = 256
 
 
+Layer = nn.Linear | torch.Tensor  # without bias, or its weight [E, D]
+
+
 class Projections(nn.Module):
     """`projections` of what a layer takes in; without weights, so that another can take its place."""
 
-    def forward(self, x_btd: torch.Tensor, weights_ed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Shapes [B, T, D] and [E, D] each in, [B, T, E] each out."""
-        return projections(x_btd, weights_ed)
+    def forward(self, x_btd: torch.Tensor, layers: Sequence[Layer]) -> tuple[torch.Tensor, ...]:
+        """What each layer makes of x [B, T, D], [B, T, E] each; hooks of the layers are not called."""
+        return projections(x_btd, weights_of(layers))
+
+
+def weights_of(layers: Sequence[Layer]) -> tuple[torch.Tensor, ...]:
+    """The weight [E, D] of each."""
+    return tuple(layer if isinstance(layer, torch.Tensor) else layer.weight for layer in layers)
 
 
 def projections(x_btd: torch.Tensor, weights_ed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from loglinear.errors import UserError
 from loglinear.ops.checks import check_inputs, compute_dtype
+from loglinear.ops.device import without_autocast
 from loglinear.ops.state import LogLinearState, StateInPlace, occupied_buckets
 
 
@@ -47,6 +48,20 @@ def recurrent_step(
     _check_levels(level_scales, state.positions)
     if _has_kernel(state, q, k, v, g, level_scales):
         return step_in_triton(state, q, k, v, g, level_scales, scale)
+    with without_autocast(v.device):
+        return _recurrent_step(state, q, k, v, g, level_scales, scale)
+
+
+def _recurrent_step(
+    state: LogLinearState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    level_scales: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, LogLinearState]:
+    """`recurrent_step` in PyTorch."""
     dtype = state.buckets.dtype
     per_group = v.shape[1] // q.shape[1]
     q_bhn, k_bhn = (x.to(dtype).repeat_interleave(per_group, 1) for x in (q, k))

@@ -18,7 +18,7 @@ from loglinear.errors import UserError
 from loglinear.model import LanguageModel, build_model
 from loglinear.model.attention import SoftmaxMixer
 from loglinear.model.mixer import LogLinearMixer
-from loglinear.ops.projections import Projections
+from loglinear.ops.projections import Layer, Projections, weights_of
 from loglinear.parallel.collectives import all_reduce, gather, sum_and_scatter, sum_over
 from loglinear.parallel.context import ContextConvolutions, ContextLogLinearCore
 from loglinear.parallel.context_softmax import ContextSoftmaxCore
@@ -108,9 +108,9 @@ class ColumnProjections(nn.Module):
         super().__init__()
         self._stream = stream
 
-    def forward(self, x_btd: torch.Tensor, weights_ed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def forward(self, x_btd: torch.Tensor, layers: Sequence[Layer]) -> tuple[torch.Tensor, ...]:
         """As `Projections.forward`, from what this rank holds of [B, T, D]."""
-        return self._stream.enter(x_btd, weights_ed)
+        return self._stream.enter(x_btd, weights_of(layers))
 
 
 class VocabParallelHead(nn.Linear):

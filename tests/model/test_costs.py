@@ -17,7 +17,7 @@ from loglinear.model.layers import Documents
 from loglinear.model.mixer import LogLinearMixer
 from loglinear.ops.flops import attention_flops
 from loglinear.ops.lambda_map import LambdaMap
-from loglinear.ops.projections import projections
+from loglinear.ops.projections import projections, weights_of
 from tests.model.model_cases import PATTERNS, random_tokens, tiny
 
 DIM, VOCAB, MLP = 16, 23, 20
@@ -95,7 +95,7 @@ def test_flops_of_level_maps_are_what_torch_counts(name: str) -> None:
     x_btd, positions_bt = torch.randn(1, 64, DIM), torch.arange(64)[None]
 
     def from_tokens() -> None:
-        level_map(projections(x_btd, level_map.token_weights()), positions_bt, 64)
+        level_map(projections(x_btd, weights_of(level_map.token_layers())), positions_bt, 64)
 
     assert measured(from_tokens) == 64 * level_map.flops_per_token()
 

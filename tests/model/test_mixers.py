@@ -16,6 +16,7 @@ from loglinear.model.attention import SoftmaxMixer
 from loglinear.model.layers import Documents, GatedRMSNorm, ShortConv, SwiGLU, rotate
 from loglinear.model.mixer import LogLinearMixer
 from loglinear.ops import naive_log_linear_attention
+from loglinear.ops.projections import weights_of
 from tests.model.model_cases import awake, tiny
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def log_linear_by_hand(mixer: LogLinearMixer, config: ModelConfig, x_btd: torch.
     v_bthp = v.unflatten(2, (own.heads, own.head_dim))
     step_bth = torch.log1p(torch.exp(x_btd @ mixer.dt_proj.weight.t() + mixer.dt_bias))
     g_bth = -mixer.A_log.exp() * step_bth
-    of_token = [x_btd @ weight_ed.t() for weight_ed in mixer.lambda_map.token_weights()]
+    of_token = [x_btd @ weight_ed.t() for weight_ed in weights_of(mixer.lambda_map.token_layers())]
     scales_bthl = mixer.lambda_map(of_token, torch.arange(time).expand(len(x_btd), -1), time)
     o_bthp, _ = naive_log_linear_attention(q_btgn, k_btgn, step_bth[..., None] * v_bthp, g_bth, scales_bthl)
     o_bthp = o_bthp + mixer.D[:, None] * v_bthp

@@ -17,6 +17,7 @@ from loglinear.config import LevelScaleName, LogLinearConfig, ModelConfig
 from loglinear.errors import UserError
 from loglinear.model import build_model
 from loglinear.ops.lambda_map import LambdaMap, make_lambda_map
+from loglinear.ops.projections import weights_of
 
 DIM, HEADS, LEVELS, HIDDEN, TIME = 12, 3, 6, 64, 32  # 6 levels serve 32 tokens
 NAMES: tuple[LevelScaleName, ...] = typing.get_args(LevelScaleName)
@@ -45,7 +46,7 @@ def tokens(batch: int = 2, time: int = TIME) -> tuple[torch.Tensor, torch.Tensor
 
 
 def applied(module: LambdaMap, x_btd: torch.Tensor, positions_bt: torch.Tensor, length: int) -> torch.Tensor:
-    return module([F.linear(x_btd, weight_ed) for weight_ed in module.token_weights()], positions_bt, length)
+    return module([F.linear(x_btd, weight_ed) for weight_ed in weights_of(module.token_layers())], positions_bt, length)
 
 
 def scales(module: LambdaMap, batch: int = 2, time: int = TIME) -> torch.Tensor:
