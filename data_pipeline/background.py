@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from data_pipeline.lock import is_preparing, preparation_ended
 from data_pipeline.manifest import LOG_FILE, read_preparation
@@ -42,38 +43,67 @@ def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=end_with_parent(),
+            preexec_fn=_end_with_parent_alone(),
         )
 
 
 def wait_until_ready(
-    data: DataConfig, *, vocab_size: int, samples: int, seq_len: int, process: subprocess.Popen[bytes] | None
-) -> None:
-    """Return once the tokenizer and the first `samples` training samples are prepared, or all that there are.
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    samples: int,
+    seq_len: int,
+    process: subprocess.Popen[bytes] | None,
+    is_over: Callable[[], bool],
+) -> bool:
+    """Wait until the tokenizer and the first `samples` training samples are prepared, or all that there are.
 
     Of a mixture everything must be: where a source runs out, and others take its place, is known only then.
 
-    `process` is what `start_preparation` returned. The other ranks may look at `data.dir` only after this has
-    returned on the rank that started it: before that, the preparation may not have taken its lock.
+    Args:
+        data: what is prepared.
+        vocab_size: of the model.
+        samples: how many are needed.
+        seq_len: their length.
+        process: what `start_preparation` returned. Whoever else looks at `data.dir` may do so only after this has
+            returned on the rank that started it: before that, the preparation may not have taken its lock.
+        is_over: whether to wait no longer.
+
+    Returns:
+        False if `is_over` said so before.
 
     Raises:
         UserError: the preparation failed; its last words are quoted.
     """
-    _wait(lambda: read_preparation(data.dir) is not None, data, process)
+    waiting = _Waiting(data, process, is_over)
+    has_begun = waiting.until(lambda: process is None or is_preparing(data.dir) or is_complete(data, vocab_size))
+    if not has_begun or not waiting.until(lambda: read_preparation(data.dir) is not None):
+        return False
     if data.is_mixture:
-        _wait(lambda: is_complete(data, vocab_size), data, process)
-        return
+        return waiting.until(lambda: is_complete(data, vocab_size))
     tokenizer = open_tokenizer(data, vocab_size)
-    Rows(ShardReader(data.dir, "train", tokenizer.sha256), seq_len, data.best_fit).wait_for(samples)
+    rows = Rows(ShardReader(data.dir, "train", tokenizer.sha256), seq_len, data.best_fit)
+    return waiting.until(lambda: rows.has(samples))
 
 
-def _wait(done: Callable[[], bool], data: DataConfig, process: subprocess.Popen[bytes] | None) -> None:
-    """Return once `done`; what it asks for is looked up after the question whether the preparation lives."""
-    while not done():
-        alive = process.poll() is None if process else is_preparing(data.dir)
-        if not alive and not done():
-            raise preparation_ended(data.dir)
-        time.sleep(POLL_SECONDS)
+@dataclass(frozen=True)
+class _Waiting:
+    """For a preparation, in the background or by another process."""
+
+    data: DataConfig
+    process: subprocess.Popen[bytes] | None
+    is_over: Callable[[], bool]
+
+    def until(self, done: Callable[[], bool]) -> bool:
+        """Return once it is `done`, or else over; what it asks for is looked up after whether the preparation lives."""
+        while not done():
+            if self.is_over():
+                return False
+            alive = self.process.poll() is None if self.process else is_preparing(self.data.dir)
+            if not alive and not done():
+                raise preparation_ended(self.data.dir)
+            time.sleep(POLL_SECONDS)
+        return True
 
 
 def end_with_parent() -> Callable[[], None] | None:
@@ -82,3 +112,17 @@ def end_with_parent() -> Callable[[], None] | None:
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up here: after the fork little is safe to do
     return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_with_parent_alone() -> Callable[[], None]:
+    """The same for a child that goes on when its parent is asked to save or stop: such signals, from a terminal or from
+    SLURM, reach children too."""
+    end = end_with_parent()
+
+    def before_program() -> None:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        if end is not None:
+            end()
+
+    return before_program

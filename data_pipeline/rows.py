@@ -37,7 +37,11 @@ class Rows:
         Raises:
             UserError: the preparation ended before it was complete.
         """
-        self._reader.wait_for((samples - 1) * self._stride + self._size)
+        self._reader.wait_for(self._tokens_of(samples))
+
+    def has(self, samples: int) -> bool:
+        """Whether by now there are so many samples, or all that there will ever be."""
+        return self._reader.has(self._tokens_of(samples))
 
     def read(self, sample: int) -> np.ndarray:
         """The tokens (T + 1,) of a sample, not to be written to.
@@ -47,3 +51,6 @@ class Rows:
         """
         start = sample * self._stride
         return self._reader.read(start, start + self._size)
+
+    def _tokens_of(self, samples: int) -> int:
+        return (samples - 1) * self._stride + self._size

@@ -192,14 +192,17 @@ class ShardReader:
         Raises:
             UserError: the preparation ended before it was complete.
         """
-        while not self._reaches(tokens):
+        while not self.has(tokens):
             alive = is_preparing(self._folder)
-            self._refresh()  # after the question: it may have finished just before it ended
-            if self._reaches(tokens):
-                return
-            if not alive:
+            if not alive and not self.has(tokens):  # after the question: it may have finished just before it ended
                 raise preparation_ended(self._folder)
             time.sleep(POLL_SECONDS)
+
+    def has(self, tokens: int) -> bool:
+        """Whether by now the row has that many tokens, or all that it will ever have."""
+        if not self._reaches(tokens):
+            self._refresh()
+        return self._reaches(tokens)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens [start, stop) of the row (stop - start,), not to be written to.

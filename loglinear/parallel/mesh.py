@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from loglinear.config import ParallelConfig
 from loglinear.errors import UserError
-from loglinear.parallel.world import World
+from loglinear.parallel.world import PATIENCE, World
 
 AXES = ("data", "context", "tensor", "replicas")
 
@@ -138,7 +138,7 @@ def _axis(name: str, world: World, groups: torch.Tensor) -> Axis:
     """This rank's row among `groups`, ranks [groups, members]; all ranks make all groups, in one order."""
     own = None
     for ranks in groups.tolist():
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=PATIENCE)
         if world.rank in ranks:
             own = Axis(name, len(ranks), ranks.index(world.rank), group)
     assert own is not None

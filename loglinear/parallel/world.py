@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,10 @@ import torch.distributed as dist
 from loglinear.errors import UserError
 
 Result = TypeVar("Result")
+
+# Of every collective: ranks wait for data for as long as the preparation takes, and one that is stuck is found by
+# `loglinear.train.watchdog`, whose time the user sets. In milliseconds it has to fit into 31 bits.
+PATIENCE = timedelta(days=14)
 
 
 @dataclass(frozen=True)
@@ -97,4 +102,4 @@ def _start_deepspeed(backend: str) -> None:
     warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
     # Its shared-memory all-reduce would be compiled for a minute, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=PATIENCE, verbose=False)

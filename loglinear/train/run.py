@@ -108,9 +108,7 @@ class _Run:
         self.timer = StepTimer(world.device)
         self.rollbacks = Rollbacks()
         self.events = EventLog(self.folder.events) if self.first else None
-        watchdog.rest()
-        world.together(self._wait_for_data)
-        self._begin(snapshot)
+        self.snapshot = snapshot
 
     def _begin(self, snapshot: Snapshot | None, samples: int | None = None) -> None:
         """Stand where a checkpoint was made, or at the start; the data may go on elsewhere, behind `samples`."""
@@ -124,6 +122,12 @@ class _Run:
 
     def go(self) -> None:
         """Train, evaluate, save; say how it ended."""
+        self.watchdog.rest()
+        if not self.world.together(self._wait_for_data)[0]:
+            self.console.say("Asked to stop before the data were there. The same command goes on.")
+            self._close()
+            return
+        self._begin(self.snapshot)
         config, step = self.config, self.start
         with self.console:
             while step < config.train.steps:
@@ -150,6 +154,9 @@ class _Run:
                 self._finish()
         if self.monitor is not None:
             self.monitor.close()
+        self._close()
+
+    def _close(self) -> None:
         if self.wandb is not None:
             self.wandb.close()
 
@@ -197,24 +204,27 @@ class _Run:
         loader.require(config.train.steps - self.start)
         return _Data(loader, iter(loader))
 
-    def _wait_for_data(self) -> None:
-        """The first rank prepares what the first step needs; the others wait for it."""
+    def _wait_for_data(self) -> bool:
+        """The first rank prepares what the first step needs, and the others wait for it; not if it is asked to stop."""
         if not self.first:
-            return
+            return True
         config = self.config
         self.console.say(
             f"Data in {config.data.dir}: training starts as soon as "
             + ("all is" if config.data.is_mixture else "the first shard is")
             + " prepared."
         )
-        wait_until_ready(
+        is_ready = wait_until_ready(
             config.data,
             vocab_size=config.model.vocab_size,
             samples=config.train.global_batch,
             seq_len=config.model.seq_len,
             process=start_preparation(config),
+            is_over=lambda: self.stop.asked,
         )
-        self.folder.keep_tokenizer(tokenizer_path(config.data))
+        if is_ready:
+            self.folder.keep_tokenizer(tokenizer_path(config.data))
+        return is_ready
 
     def _make_engine(self, snapshot: Snapshot | None) -> Engine:
         config = self.config

@@ -1,7 +1,7 @@
 """A rank that is stuck ends within a set time, and the log says what it was doing and where.
 
-A collective whose partner is gone waits for as long as its library pleases, half an hour by default. All ranks are
-stuck then, so each of them reports, and the stacks tell which one is elsewhere.
+A collective whose partner is gone waits for days (`loglinear.parallel.world.PATIENCE`). All ranks are stuck then, so
+each of them reports, and the stacks tell which one is elsewhere.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def start(data: DataConfig) -> subprocess.Popen[bytes]:
 
 
 def wait_ready(data: DataConfig, process: subprocess.Popen[bytes] | None, samples: int = 32) -> None:
-    wait_until_ready(data, vocab_size=VOCAB, samples=samples, seq_len=SEQ_LEN, process=process)
+    needed = {"vocab_size": VOCAB, "samples": samples, "seq_len": SEQ_LEN}
+    assert wait_until_ready(data, **needed, process=process, is_over=lambda: False)
 
 
 def batches(data: DataConfig, count: int) -> list[Batch]:
@@ -96,6 +97,28 @@ def test_nobody_waits_for_a_dead_preparation(halted: Halted, workers: int) -> No
         wait_ready(data, process, samples=10**6)
     with pytest.raises(UserError, match="ended before it was complete"):
         batches(data.model_copy(update={"loader_workers": workers}), 100)
+
+
+def test_an_interrupted_preparation_goes_on(halted: Halted) -> None:
+    """What was written is not enough, and the process that goes on needs seconds to take its lock."""
+    data, process = halted
+    process.kill()
+    process.wait()
+    again = start(data)
+    wait_ready(data, again, samples=10**6)
+    assert again.wait(300) == 0
+
+
+def test_it_goes_on_when_the_trainer_is_asked_to_stop_waiting(halted: Halted) -> None:
+    """Signals to all processes of a job reach it too."""
+    data, process = halted
+    asked = {"vocab_size": VOCAB, "samples": 10**6, "seq_len": SEQ_LEN, "process": process}
+    assert not wait_until_ready(data, **asked, is_over=lambda: True)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(300) == 0
+    assert read_index(data.dir) is not None
 
 
 def test_the_last_words_of_a_failed_preparation_are_quoted(configure: Configure, tmp_path: Path) -> None:

@@ -188,7 +188,8 @@ def test_a_mixture_waits_for_all_of_its_preparation(mixed: DataConfig, tmp_path:
     data = mixture(tmp_path, shard_tokens=900)
     process = start_preparation(Config(model=ModelConfig(vocab_size=VOCAB), data=data))
     assert process is not None
-    wait_until_ready(data, vocab_size=VOCAB, samples=8, seq_len=SEQ_LEN, process=process)
+    needed = {"vocab_size": VOCAB, "samples": 8, "seq_len": SEQ_LEN}
+    assert wait_until_ready(data, **needed, process=process, is_over=lambda: False)
     assert is_complete(data, VOCAB)
     assert process.wait(300) == 0
     assert start_preparation(Config(model=ModelConfig(vocab_size=VOCAB), data=data)) is None

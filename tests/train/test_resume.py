@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.lock import preparation_lock
 from loglinear.checkpoint.files import complete_checkpoints, step_of
 from loglinear.config import Config, DataConfig
 from loglinear.train.run import train
@@ -60,6 +61,23 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert records(folder) == records(reference)
     expected = saved_tensors(reference)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved_tensors(folder).items())
+
+
+def test_asked_to_stop_while_it_waits_for_data_it_ends_well(
+    prepared: DataConfig, reference: Path, tmp_path: Path
+) -> None:
+    data = prepared.model_copy(update={"dir": tmp_path / "data"})
+    config, log = small_config(tmp_path / "run", data), tmp_path / "log"
+    data.dir.mkdir()
+    with preparation_lock(data.dir):
+        ranks = start_ranks(2, train, config, log=log)
+        wait_for(lambda: log.exists() and "training starts as soon as" in log.read_text())
+        for rank in ranks:
+            os.kill(rank.pid or 0, signal.SIGUSR1)
+        assert exit_codes(ranks) == [0, 0]
+    assert "Asked to stop before the data were there" in log.read_text()
+    finish(config)
+    assert_same_run(tmp_path / "run", reference)
 
 
 def test_stopped_twice_by_signals_it_goes_on_bit_for_bit(prepared: DataConfig, reference: Path, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.prepared import fingerprint
-from loglinear.config import Config, DataConfig
+from loglinear.config import Config, DataConfig, ParallelConfig, TrainConfig
 from loglinear.errors import UserError
-from loglinear.parallel import start_world
+from loglinear.parallel import make_mesh, start_world
+from loglinear.parallel.world import PATIENCE
 from loglinear.train import preflight as preflight_module
 from loglinear.train import watchdog as watchdog_module
 from loglinear.train.preflight import FailedNodes, Health, preflight, report, require_agreement
@@ -45,6 +46,21 @@ def test_a_hung_collective_ends_with_the_stack_of_every_rank(tmp_path: Path) -> 
     assert said.count("made no progress for 3 s while adding up; its stack:") == 2
     assert "in all_reduce" in said, "where rank 0 waits"
     assert 'test_watchdog.py", line' in said
+
+
+def look_at_groups() -> None:
+    """gloo's patience is a backend's option, as NCCL's is."""
+    world = start_world()
+    mesh = make_mesh(world, ParallelConfig())
+    for group in (dist.group.WORLD, mesh.data.group, mesh.tensor.group, mesh.replicas.group):
+        assert group is not None
+        assert group._get_backend(world.device).options._timeout == PATIENCE
+    world.close()
+
+
+def test_no_collective_gives_up_before_the_watchdog_or_while_data_are_prepared() -> None:
+    assert PATIENCE.total_seconds() > 100 * TrainConfig().hang_seconds
+    assert exit_codes(start_ranks(2, look_at_groups)) == [0, 0]
 
 
 def fail_after_the_report() -> None:
