@@ -153,12 +153,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _configurations(sweep: SweepConfig, overrides: Sequence[str]) -> Iterator[Config]:
     for name, settings in sweep.variants().items():
-        own = [
-            f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in settings.items()
-        ]
-        place = [f"run.name={name}", f"run.dir={sweep.folder / name}"]
+        place = {"run.name": name, "run.dir": sweep.folder / name}
         try:
-            yield load_config(sweep.config, [*overrides, *own, *place])
+            yield load_config(sweep.config, overrides, {**settings, **place})
         except UserError as error:
             raise UserError(f"run {name} of sweep {sweep.name}: {error}") from None
 

@@ -30,7 +30,7 @@ from loglinear.config_model import (
     SoftmaxConfig,
 )
 from loglinear.config_section import NAME_PATTERN, Section
-from loglinear.config_text import apply_override, explain, read_yaml
+from loglinear.config_text import apply_override, explain, read_yaml, set_value
 from loglinear.errors import UserError
 
 __all__ = [
@@ -347,8 +347,10 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, validate.
+def load_config(
+    path: str | Path, overrides: typing.Sequence[str] = (), settings: typing.Mapping[str, typing.Any] | None = None
+) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and then settings by such names, validate.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, or values contradict each other.
@@ -356,6 +358,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     tree = read_yaml(Path(path))
     for override in overrides:
         apply_override(tree, override)
+    for dotted, value in (settings or {}).items():
+        set_value(tree, dotted, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file; the examples are in configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if tree is None:
         return {}
@@ -48,21 +48,30 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         UserError: it is not of that form, or leads through something that is no section.
     """
     dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(dotted.split(".")):
         raise UserError(f"override {override!r}: write it as section.key=value, such as optimizer.lr=1e-3")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter from what looks like a date and is none
         raise UserError(f"override {override!r}: the value is not YAML; quote it") from None
+    set_value(tree, dotted, value)
+
+
+def set_value(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set what is called, say, `optimizer.lr` in `tree`.
+
+    Raises:
+        UserError: the name leads through something that is no section.
+    """
     node = tree
-    for key in keys[:-1]:
+    *sections, last = dotted.split(".")
+    for key in sections:
         child = node.setdefault(key, {})
         if not isinstance(child, dict):
             kind = "a list, to be given as a whole" if isinstance(child, list) else "a value"
-            raise UserError(f"override {override!r}: {key!r} is {kind}, not a section")
+            raise UserError(f"override {dotted!r}: {key!r} is {kind}, not a section")
         node = child
-    node[keys[-1]] = value
+    node[last] = value
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:

@@ -313,9 +313,10 @@ def test_numbers_may_be_written_as_in_python(file: Path, number: str) -> None:
         ("optimiser.lr=3", "{file}: unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("optimizer.rl=3", "{file}: unknown key 'optimizer.rl'; did you mean 'optimizer.lr'?"),
         ("model.dim=[", "override 'model.dim=[': the value is not YAML; quote it"),
+        ("run.name=2026-02-30", "override 'run.name=2026-02-30': the value is not YAML; quote it"),
         ("model.dim=x", "{file}: model.dim = 'x': Input should be a valid integer"),
-        ("train.steps.more=3", "override 'train.steps.more=3': 'steps' is a value, not a section"),
-        ("data.sources.0.kind=hub", "override 'data.sources.0.kind=hub': 'sources' is a list, to be given as a whole"),
+        ("train.steps.more=3", "override 'train.steps.more': 'steps' is a value, not a section"),
+        ("data.sources.0.kind=hub", "override 'data.sources.0.kind': 'sources' is a list, to be given as a whole"),
         ("train=3", "{file}: train is a section"),
     ],
 )

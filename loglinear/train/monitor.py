@@ -18,6 +18,8 @@ from loglinear.train.layout import layout
 from loglinear.train.level_scales import LevelScaleStatistics
 from loglinear.train.weights_and_biases import WandbRun
 
+HISTOGRAM_END = 1e20  # of TensorBoard's last bin; it makes none of values that all lie beyond, or are no numbers
+
 
 class Monitor:
     """Writes curves for rank 0. Steps count from 1: the value at step n was measured in the n-th step."""
@@ -113,7 +115,9 @@ class Monitor:
         for layer, level, values in statistics.take():
             name = f"layer_{layer:02d}/level_{level:02d}"
             means[f"lambda_mean/{name}"] = values.mean().item()
-            self._writer.add_histogram(f"lambda/{name}", values, step)
+            within = values[values < HISTOGRAM_END]
+            if len(within):
+                self._writer.add_histogram(f"lambda/{name}", within, step)
         if means:
             self._scalars(step, means)
 

@@ -126,6 +126,19 @@ def test_a_list_of_runs_has_names(tmp_path: Path) -> None:
     assert (plain.run.name, plain.model.pattern) == ("plain", ("log_linear",))
 
 
+def test_a_variant_may_set_anything(tmp_path: Path) -> None:
+    """Long texts, lines, nested lists: whatever YAML can say."""
+    settings: dict[str, Any] = {
+        "eval.prompt": "a word or two " * 20 + "\nand a line: [more]",
+        "model.pattern": ["log_linear", "softmax"] * 2,
+        "data.sources": [{"kind": "stdlib", "name": name, "weight": 0.5} for name in ("first", "second")],
+    }
+    (config,) = configurations(load_sweep(sweep_file(tmp_path, runs={"run": settings})))
+    assert config.eval.prompt == settings["eval.prompt"]
+    assert list(config.model.pattern) == settings["model.pattern"]
+    assert [source.name for source in config.data.sources] == ["first", "second"]
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -13,13 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loglinear.config import Config, ModelConfig, OptimizerConfig
 from loglinear.errors import UserError
 from loglinear.model import build_model
+from loglinear.ops.lambda_map import LambdaMap
 from loglinear.ops.peak import PEAK_TFLOPS_BF16, peak_flops
-from loglinear.train.folder import truncate_metrics
+from loglinear.train.folder import RunFolder, truncate_metrics
 from loglinear.train.level_scales import LevelScaleStatistics
+from loglinear.train.monitor import Monitor
 from loglinear.train.optim import make_optimizer
 from loglinear.train.schedule import learning_rate
 from loglinear.train.signals import ASKING, StopRequest
@@ -123,6 +126,26 @@ def test_lambda_is_taken_at_the_tokens_that_read_a_level() -> None:
     for level, tokens in readers.items():
         assert found[level].equal(scales[1][0, list(tokens), :, level].flatten())
     assert not list(statistics.take())
+
+
+@pytest.mark.parametrize("broken", [math.nan, 1e30])
+def test_lambdas_of_a_broken_step_are_shown_as_far_as_they_can_be(tmp_path: Path, broken: float) -> None:
+    """TensorBoard makes no histogram of them, and says so with an error, which must not end the run."""
+    config = ModelConfig(dim=16, layers=2, vocab_size=9, seq_len=8)
+    model, folder = build_model(config, 0), RunFolder(tmp_path)
+    statistics = LevelScaleStatistics(model)
+    first = next(module for module in model.modules() if isinstance(module, LambdaMap))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.fill_(broken)
+    statistics.recording = True
+    model(torch.arange(8)[None])
+    monitor = Monitor(folder, Config(model=config), 0, 1.0, 1.0)
+    monitor.level_scales(1, statistics)
+    monitor.close()
+    shown = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert "lambda_mean/layer_00/level_00" in shown.Tags()["scalars"]
+    assert shown.Tags()["histograms"] == []
 
 
 def test_phases_add_up_and_start_anew() -> None:
