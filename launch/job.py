@@ -166,8 +166,8 @@ class JobFolder:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            (self.root / "cluster.yaml").write_text(cluster.to_yaml(), encoding="utf-8")
+            write_bytes(self.root / "run.yaml", config.to_yaml().encode())
+            write_bytes(self.root / "cluster.yaml", cluster.to_yaml().encode())
             self.cancel_marker.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to run.dir {self.run_dir} ({error.strerror}): choose another") from None

@@ -14,8 +14,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from launch.cluster import ClusterConfig
-from launch.job import End, JobFolder
-from launch.supervisor import RunFailed, supervise
+from launch.job import JobFolder
+from launch.supervisor import supervise
 from loglinear.errors import UserError
 
 POLL_SECONDS = 0.2
@@ -69,21 +69,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--parallel", type=int, default=1)
     given = parser.parse_args(arguments)
     with FileLock(JobFolder(given.job).lock):
-        for run_dir in given.after:
-            _wait_for(JobFolder.of(run_dir))
+        while any(is_alive(JobFolder.of(run_dir)) for run_dir in given.after):
+            time.sleep(POLL_SECONDS)
+        after = [str(run_dir) for run_dir in given.after]
         if given.slots is None:
-            supervise(str(given.job))
+            supervise(str(given.job), after)
             return
         with _slot(given.slots, given.parallel):
-            supervise(str(given.job))
-
-
-def _wait_for(job: JobFolder) -> None:
-    while is_alive(job):
-        time.sleep(POLL_SECONDS)
-    ends = [event for event in job.attempts() if isinstance(event, End)]
-    if not ends or ends[-1].outcome != "finished":
-        raise RunFailed(f"{job.run_dir} did not finish, so what depends on it does not start")
+            supervise(str(given.job), after)
 
 
 @contextmanager

@@ -93,6 +93,23 @@ def outside_jobs() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def submitting() -> Iterator[None]:
+    """Within, jobs are submitted.
+
+    Raises:
+        UserError: SLURM would have taken them, and does not: a limit on how many may wait, for instance.
+    """
+    from submitit.core.utils import FailedJobError
+
+    try:
+        with outside_jobs():
+            yield
+    except FailedJobError as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"SLURM did not take the job: {words}") from None
+
+
 def script_of(executor: submitit.SlurmExecutor) -> str:
     """The sbatch script that a submission would send."""
     return executor._make_submission_file_text(executor._submitit_command_str, "")

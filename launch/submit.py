@@ -77,8 +77,8 @@ def submit(planned: Planned, cluster: ClusterConfig, after: Sequence[Path] = ())
     executor = slurm.make_executor(cluster, job.submitit, planned.config.run.name, after=_ids(waiting))
     slurm.check(executor, cluster)
     job.write(planned.config, cluster)
-    with slurm.outside_jobs():
-        handle = executor.submit(supervise, str(job.root))
+    with slurm.submitting():
+        handle = executor.submit(supervise, str(job.root), _names(waiting))
     return _recorded(job, Submission(kind="slurm", id=handle.job_id, log=handle.paths.stdout))
 
 
@@ -98,8 +98,8 @@ def submit_many(planned: Sequence[Planned], cluster: ClusterConfig, sweep: Sweep
     executor = slurm.make_executor(cluster, place, sweep.name, parallel=sweep.parallel, after=ids)
     slurm.check(executor, cluster)
     _write_all(planned, cluster, sweep)
-    with slurm.outside_jobs(), executor.batch():
-        handles = [executor.submit(supervise, str(each.job.root)) for each in planned]
+    with slurm.submitting(), executor.batch():
+        handles = [executor.submit(supervise, str(each.job.root), _names(waiting)) for each in planned]
     return [
         _recorded(each.job, Submission(kind="slurm", id=handle.job_id, log=handle.paths.stdout))
         for each, handle in zip(planned, handles, strict=True)
@@ -131,6 +131,10 @@ def _unfinished(after: Sequence[Path], cluster: ClusterConfig) -> list[Path]:
         elif row.state != "finished":
             raise UserError(f"{run_dir} did not finish ({row.state}), so what depends on it would never start")
     return waiting
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    return [str(run_dir.absolute()) for run_dir in runs]
 
 
 def _ids(runs: Sequence[Path]) -> list[str]:

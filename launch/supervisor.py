@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,12 +28,21 @@ class RunFailed(RuntimeError):
     """The run cannot go on by itself."""
 
 
-def supervise(folder: str) -> None:
+def supervise(folder: str, after: Sequence[str] = ()) -> None:
     """Train the run of a job folder until it is finished, cancelled, or put back into SLURM's queue.
 
+    Args:
+        folder: the job's.
+        after: folders of runs that have ended, which must have finished.
+
     Raises:
-        RunFailed: a user's mistake ended it, or it failed `max_restarts` times in a row.
+        RunFailed: one of `after` did not finish, a user's mistake ended the run, or it failed `max_restarts` times in a
+            row.
     """
+    for run_dir in after:  # SLURM only knows that their jobs ended without an error, as those of a cancelled run do
+        ends = [event for event in JobFolder.of(Path(run_dir)).attempts() if isinstance(event, End)]
+        if not ends or ends[-1].outcome != "finished":
+            raise RunFailed(f"{run_dir} did not finish, so what depends on it does not start")
     job = JobFolder(Path(folder))
     cluster = job.cluster()
     job_id = os.environ.get("SLURM_JOB_ID") if cluster.kind == "slurm" else None
@@ -55,6 +65,8 @@ class _Supervisor:
         """Attempt after attempt, until there is nothing more to do here."""
         while not self._is_over():
             self._give_up_or_pause()
+            if self._is_over():
+                return  # it was told so in the pause
             start = self._start()
             end = self._judge(start, self.ranks.run(start.attempt))
             self.job.record(end)

@@ -14,6 +14,7 @@ import yaml
 from filelock import FileLock
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
+from data_pipeline.files import write_bytes
 from loglinear.config import Config, load_config
 from loglinear.config_section import NAME_PATTERN, Section
 from loglinear.config_text import explain, read_yaml
@@ -100,7 +101,7 @@ def write_sweep(sweep: SweepConfig) -> None:
         sweep.folder.mkdir(parents=True, exist_ok=True)
         resolved = sweep.model_copy(update={"dir": sweep.folder, "config": sweep.config.absolute()})
         text = yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False)
-        (sweep.folder / SWEEP_FILE).write_text(text, encoding="utf-8")
+        write_bytes(sweep.folder / SWEEP_FILE, text.encode())
     except OSError as error:
         raise UserError(
             f"cannot write to the sweep's folder {sweep.folder} ({error.strerror}): set another dir"

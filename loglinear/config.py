@@ -160,7 +160,7 @@ class TrainConfig(Section):
     zero_stage: Literal[1, 2, 3] = 1
     activation_checkpointing: Annotated[bool | PositiveInt, WrapValidator(_true_false_or_a_number)] = False
     peak_tflops: float | None = Field(default=None, gt=0)
-    hang_seconds: float = Field(default=900.0, gt=0)
+    hang_seconds: float = Field(default=900.0, gt=0, le=7 * 24 * 3600)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from loglinear.checkpoint_folders import COMPLETE, TEMPORARY
 from loglinear.checkpoint_folders import complete_checkpoints as complete_checkpoints
 from loglinear.checkpoint_folders import folder_name as folder_name
+from loglinear.checkpoint_folders import is_checkpoint as is_checkpoint
 from loglinear.checkpoint_folders import step_of as step_of
 from loglinear.errors import UserError
 

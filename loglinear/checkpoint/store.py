@@ -176,7 +176,8 @@ def _index(shards: Iterable[tuple[str, list[dict[str, Any]]]]) -> dict[str, Any]
 
 def _remove_incomplete(root: Path) -> None:
     for folder in root.glob("step-*"):
-        if not (folder / files.COMPLETE).exists():
+        is_ours = files.is_checkpoint(folder.name.removesuffix(files.TEMPORARY))
+        if is_ours and not (folder / files.COMPLETE).exists():
             shutil.rmtree(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.files import write_bytes
 from loglinear.config import Config, load_config
 from loglinear.errors import UserError
 
@@ -90,7 +90,7 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(config.to_yaml(), encoding="utf-8")
+            write_bytes(self.config, config.to_yaml().encode())
         except OSError as error:
             raise UserError(f"cannot write to run.dir {self.root} ({error.strerror}): choose another run.dir") from None
 
@@ -119,7 +119,7 @@ class RunFolder:
 
     def keep_tokenizer(self, source: Path) -> None:
         """Copy the tokenizer into the folder."""
-        shutil.copyfile(source, self.tokenizer)
+        write_bytes(self.tokenizer, source.read_bytes())
 
 
 def check_unchanged(saved: dict[str, Any], config: Config) -> None:

@@ -52,6 +52,20 @@ def test_the_last_ones_and_every_mth_are_kept(sharded: Path) -> None:
     assert {path.name for path in (sharded / "checkpoints").iterdir()} == set(kept)
 
 
+def test_what_lies_beside_checkpoints_is_let_alone(own: Path, prepared: DataConfig) -> None:
+    """A copy, and an export; what a save left behind goes when the run goes on."""
+    folder = own / "checkpoints"
+    shutil.copytree(folder / "step-00000013", folder / "step-00000013.bak")
+    for name in ("step-12-exported", "step-00000014", "step-00000015.tmp"):
+        (folder / name).mkdir()
+        (folder / name / "file").touch()
+    assert read_latest(folder).step == 13
+    config = small_config(own, prepared, train={"steps": 13, "global_batch": 6})
+    assert exit_codes(start_ranks(1, train, config)) == [0]
+    left = {path.name for path in folder.iterdir()} - {path.name for path in complete_checkpoints(folder)}
+    assert left == {"step-00000013.bak", "step-12-exported"}
+
+
 def test_a_checkpoint_holds_one_file_a_rank_and_says_what_it_is(sharded: Path) -> None:
     snapshot = read_latest(sharded / "checkpoints")
     names = {path.name for path in snapshot.folder.iterdir()}

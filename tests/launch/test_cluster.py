@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from submitit.core.utils import FailedJobError
 
 from launch.cluster import ClusterConfig, load_cluster, split_overrides
 from launch.job import JobFolder
 from launch.ranks import rank_command, srun_command
+from launch.slurm import submitting
 from launch.sweep import configurations, load_sweep
 from loglinear.errors import UserError
 
@@ -150,6 +152,12 @@ def test_a_variant_may_set_anything(tmp_path: Path) -> None:
 def test_a_sweep_that_says_nothing_is_refused(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load_sweep(sweep_file(tmp_path, **settings))
+
+
+def test_what_slurm_refuses_at_last_is_told_in_its_words() -> None:
+    sentence = "SLURM did not take the job: sbatch: error: QOSMaxSubmitJobPerUserLimit"
+    with pytest.raises(UserError, match=sentence), submitting():
+        raise FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit\n")
 
 
 def test_a_variant_that_is_not_valid_is_named(tmp_path: Path) -> None:

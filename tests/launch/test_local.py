@@ -139,6 +139,16 @@ def test_a_run_that_fails_again_and_again_gives_up_with_a_reason(prepared: DataC
     assert [event.attempt for event in job.attempts() if isinstance(event, Start)] == [1, 2]
 
 
+def test_told_to_end_between_two_attempts_it_starts_no_other(prepared: DataConfig, tmp_path: Path) -> None:
+    config = write(tmp_path, prepared)
+    loglinear("submit", config, "--cluster", "local", "cluster.python=/bin/false")
+    job = JobFolder.of(tmp_path / "run")
+    wait_for(lambda: sum(isinstance(event, End) for event in job.attempts()) == 3, PATIENCE)  # then it pauses for 4 s
+    os.kill(int(job.submission().id), signal.SIGTERM)
+    wait_for(lambda: not local.is_alive(job), PATIENCE)
+    assert max(event.attempt for event in job.attempts()) == 3
+
+
 def test_a_users_mistake_that_only_ranks_can_see_is_not_tried_again(prepared: DataConfig, tmp_path: Path) -> None:
     other = prepared.model_copy(update={"held_out": 0.4})  # the folder was prepared with another share
     loglinear("submit", write(tmp_path, other), "--cluster", "local")

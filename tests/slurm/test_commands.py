@@ -26,12 +26,16 @@ def test_a_cancelled_run_has_saved_leaves_no_process_and_goes_on(launcher: Launc
     assert re.search(rf"{run.id} +RUNNING +\d+/2000 +\d\.\d+ +[\d,]+ +\d+ \w+ +step \d+, \d+ s ago +1", shown), shown
     again = launcher.write("cancelled", config)
     assert f"being trained by job {run.id} already" in loglinear("submit", again[0], "--cluster", again[1]).stderr
+    heir = launcher.submit("heir", launcher.config("heir"), after=[run])
     done = loglinear("cancel", run.folder)
     assert done.returncode == 0, done.stderr
     assert f"saved after step {run.last_saved()}" in done.stdout
     assert run.ends()[-1].outcome == "cancelled"
     assert run.last_saved() == run.step() >= 6
     wait_until(lambda: not cluster.processes(f"SLURM_JOB_ID={run.id}"))
+    wait_until(lambda: heir.state() == "FAILED")
+    assert heir.starts() == [], "what depends on a run starts when that has finished"
+    assert f"{run.folder} did not finish, so what depends on it does not start" in heir.said()
 
     saved = run.last_saved()
     shorter = launcher.config("cancelled", train={"steps": saved + 3}, eval={"every": 2000})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from loglinear.checkpoint import read_latest
 from loglinear.checkpoint.files import complete_checkpoints
 from loglinear.config import Config, DataConfig, SourceConfig
 from loglinear.errors import UserError
+from loglinear.train.folder import RunFolder
 from loglinear.train.run import train
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import STEPS, records, saved_tensors, small_config
@@ -105,6 +107,21 @@ def test_a_disk_that_is_full_during_a_save_leaves_the_checkpoint_before(
     after = saved_tensors(copy)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert exit_codes(start_ranks(1, train, config)) == [0], "with room again it goes on"
+
+
+def prepare_on_a_full_disk(config: Config) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    try:
+        RunFolder(config.run.folder).prepare(config)
+    except UserError:
+        os._exit(2)  # there is no room for a log
+
+
+def test_a_disk_that_is_full_leaves_the_configuration_before(prepared: DataConfig, copy: Path) -> None:
+    before = (copy / "config.yaml").read_bytes()
+    config = small_config(copy, prepared, train={"steps": STEPS + 4})
+    assert exit_codes(start_ranks(1, prepare_on_a_full_disk, config)) == [2]
+    assert (copy / "config.yaml").read_bytes() == before
 
 
 def test_batches_that_do_not_divide_over_the_ranks_are_refused(prepared: DataConfig, tmp_path: Path) -> None:
