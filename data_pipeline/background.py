@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from data_pipeline.lock import is_preparing, preparation_ended
 from data_pipeline.manifest import LOG_FILE, read_preparation
-from data_pipeline.prepare import make_folder
+from data_pipeline.prepare import make_data_folder
 from data_pipeline.prepared import is_complete, open_tokenizer
 from data_pipeline.rows import Rows
 from data_pipeline.shards import POLL_SECONDS, ShardReader
@@ -32,7 +32,7 @@ def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
         UserError: the folder cannot be made, or holds data of other settings.
     """
     folder = config.data.dir
-    make_folder(folder)
+    make_data_folder(folder)
     if is_complete(config.data, config.model.vocab_size) or is_preparing(folder):
         return None
     config_file = folder / CONFIG_FILE

@@ -54,11 +54,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        UserError: the file is no JSON object.
+        UserError: the file is no JSON object, or cannot be read.
         FileNotFoundError: there is no such file; the caller knows what that means.
     """
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): correct its folder") from None
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 
 from data_pipeline.encode import Encoded, encode_stream, is_held_out
+from data_pipeline.files import make_folder
 from data_pipeline.lock import preparation_lock
 from data_pipeline.manifest import (
     INDEX_FILE,
@@ -49,7 +50,7 @@ def prepare(data: DataConfig, vocab_size: int, progress: Progress = lambda tally
         UserError: a source or the tokenizer is unfit, the folder holds data of other settings, another
             process is preparing it, or one of its files is damaged.
     """
-    make_folder(data.dir)
+    make_data_folder(data.dir)
     with preparation_lock(data.dir):
         index = complete_index(data, vocab_size)
         if index is not None and _all_whole(data.dir, index):
@@ -70,22 +71,22 @@ def prepare_all(data: DataConfig, vocab_size: int, progress: Progress = lambda t
     """
     if not data.is_mixture:
         return {"": prepare(data, vocab_size, progress)}
-    make_folder(data.dir)
+    make_data_folder(data.dir)
     with preparation_lock(data.dir):
         _begin(data, vocab_size, Tally(), progress)
         return {name: prepare(part, vocab_size, progress) for name, part in parts(data).items()}
 
 
-def make_folder(folder: Path) -> None:
+def make_data_folder(folder: Path) -> None:
     """Make `data.dir` if it is not there.
 
     Raises:
-        UserError: that is impossible.
+        UserError: that is impossible, or it cannot be written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.dir: cannot make {folder} ({error.strerror}); set another data.dir") from None
+        make_folder(folder)
+    except UserError as error:
+        raise UserError(f"data.dir: {error}") from None
 
 
 def _begin(data: DataConfig, vocab_size: int, tally: Tally, progress: Progress) -> tuple[Preparation, Layout]:

@@ -135,6 +135,13 @@ def test_a_folder_that_cannot_be_made_is_named_before_the_work_begins(tmp_path: 
     assert said == "loglinear: cannot make the folder file/folder (Not a directory): name another\n"
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "prepare"])
+def test_a_data_folder_that_is_a_file_is_named(tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").touch()
+    said = refusal(tmp_path, "data", command, QUICKSTART, "data.dir=file")
+    assert re.search(r"(cannot read|data.dir: cannot make the folder) file.* \((Not a directory|File exists)\): ", said)
+
+
 def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
     batch = ("train.global_batch=8", "train.micro_batch=2")
     said = refusal(tmp_path, "plan", QUICKSTART, *batch, "--ranks", "3")

@@ -50,7 +50,7 @@ class DecodePoint:
     """A step of one model: `batch` sequences read a token each behind `context` tokens.
 
     Attributes:
-        milliseconds: of the step, the median; None if the state does not fit the memory.
+        milliseconds: of the step, the median; None if the state does not fit the memory, or no kernel takes it.
         state_bytes: of everything kept between steps, over the whole batch.
         attention: which of torch's attention kernels was the fastest, if that was asked.
     """
@@ -159,14 +159,17 @@ def _point(config: Config, model: LanguageModel, batch: int, context: int, devic
     if device.type == "cuda" and size > SHARE * torch.cuda.mem_get_info(device)[0]:
         return DecodePoint(name, batch, context, None, size, None)
     times = dict(_times(model, batch, context, device))
-    fastest = min(times, key=lambda attention: times[attention])
-    return DecodePoint(name, batch, context, times[fastest], size, fastest)
+    fastest = min(times, key=lambda attention: times[attention], default=None)
+    return DecodePoint(name, batch, context, times.get(fastest), size, fastest)
 
 
 def _times(model: LanguageModel, batch: int, context: int, device: torch.device) -> Iterator[tuple[str | None, float]]:
-    """Milliseconds of a step by attention kernel; those that do not take the shapes are left out."""
-    is_log_linear = all(isinstance(block.mixer, LogLinearMixer) for block in model.blocks)
-    if device.type != "cuda" or is_log_linear:
+    """Milliseconds of a step of a softmax model by attention kernel, but for those that do not take the shapes.
+
+    Of others, whose states a graph cannot write twice, as they are decoded.
+    """
+    is_softmax = all(isinstance(block.mixer, SoftmaxMixer) for block in model.blocks)
+    if device.type != "cuda" or not is_softmax:
         steps = WARM_UP + STEPS * TRIES
         decoder = Decoder(model, random_state(model, batch, context - steps, steps))
         yield None, _milliseconds(decoder.step, batch, device)

@@ -39,6 +39,8 @@ def export_hf(root: Path, out: Path) -> None:
     bos = config.data.tokenizer.bos
     tokenizer = fast_tokenizer(run.tokenizer, bos)
     bos_id = Tokenizer(run.tokenizer, bos).bos_id
+    if out.absolute() == Path.cwd():
+        raise UserError(f"{out} is the folder in which you are, and is replaced as a whole: name another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and not an empty folder: remove it, or choose another")
     temporary = out.with_name(out.name + ".tmp")

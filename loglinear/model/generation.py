@@ -44,5 +44,6 @@ def generate(
         if temperature == 0:
             tokens_bt = logits_bv.argmax(-1, keepdim=True)
         else:
-            tokens_bt = torch.multinomial((logits_bv / temperature).softmax(-1), 1, generator=generator)
+            below_bv = logits_bv - logits_bv.amax(-1, keepdim=True)  # so that no temperature makes them infinite
+            tokens_bt = torch.multinomial((below_bv / temperature).softmax(-1), 1, generator=generator)
         yield int(tokens_bt)

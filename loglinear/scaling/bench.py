@@ -130,7 +130,9 @@ def _left(todo: list[Task], ended: Result, job: JobFolder, attempt: int, results
     if "refused" in failure:
         raise UserError(failure["refused"])
     running = read_json(job.root / RUNNING)["name"] if (job.root / RUNNING).exists() else left[0].name
-    failed = next(task for task in left if task.name == running)
+    failed = next((task for task in left if task.name == running), None)
+    if failed is None:  # they ended behind it
+        return left
     others = [task for task in left if task is not failed]
     if failure["error"] == OUT_OF_MEMORY and failed.config.recomputed_blocks < failed.config.model.layers:
         return [failed.recomputing(), *others]

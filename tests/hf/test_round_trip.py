@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from loglinear.config import DataConfig
+from loglinear.errors import UserError
+from loglinear.hf.export import export_hf
 from loglinear.train.run import train
 from tests.hf.runs import exported
 from tests.processes import exit_codes, start_ranks
@@ -62,3 +64,13 @@ def test_export_does_not_overwrite(prepared: DataConfig, tmp_path: Path) -> None
     assert done.returncode == 2
     assert f"{tmp_path / 'hf'} is there already and not an empty folder" in done.stderr
     assert [path.name for path in tmp_path.glob("hf*")] == ["hf"]
+
+
+def test_the_present_folder_is_not_replaced(
+    prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = exported(tmp_path / "other", prepared)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder in which you are, and is replaced as a whole: name another"):
+        export_hf(folder.parent / "run", Path())

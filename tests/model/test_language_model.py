@@ -233,6 +233,12 @@ def test_temperature_zero_takes_the_most_likely_token(pattern: Pattern) -> None:
 
 
 @torch.no_grad()
+def test_a_temperature_near_zero_takes_it_too(pattern: Pattern) -> None:
+    model = awake(tiny(pattern))
+    assert list(generate(model, [1, 2], 9, temperature=1e-42)) == list(generate(model, [1, 2], 9, temperature=0))
+
+
+@torch.no_grad()
 def test_samples_follow_the_models_probabilities() -> None:
     model = awake(tiny())
     shares_v = (model(torch.tensor([[1]]))[0, -1] / 2.0).softmax(-1)

@@ -138,6 +138,17 @@ def test_what_does_not_fit_is_tried_once_more_with_recomputation(tmp_path: Path)
     assert results.read()[tasks[1].name]["error"] == f"{OUT_OF_MEMORY} (rank 0: Exited)"
 
 
+def test_ranks_that_fail_behind_a_task_leave_its_result(tmp_path: Path) -> None:
+    tasks = make_tasks([TINY], ["speed"], (64,), 64, 2)
+    job, results = JobFolder(tmp_path / "ranks"), Results(tmp_path)
+    job.root.mkdir()
+    (job.root / "running.json").write_text(json.dumps({"name": tasks[1].name}))
+    results.add(tasks[1].name, {"seconds": 1.0})
+    left = _left(tasks, Result(1, "rank 0: Exited"), job, 1, results)
+    assert [task.name for task in left] == [tasks[number].name for number in (0, 2, 3, 4)]
+    assert results.read() == {tasks[1].name: {"seconds": 1.0}}
+
+
 def test_exposed_communication_is_what_no_other_kernel_hides() -> None:
     """Two collectives of 4 us; other kernels run in half of the first."""
     kernels = [
