@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data_pipeline.files import write_bytes
 from data_pipeline.lock import is_preparing, preparation_ended
 from data_pipeline.manifest import LOG_FILE, read_preparation
 from data_pipeline.prepare import make_data_folder
@@ -21,6 +22,7 @@ from loglinear.config import Config, DataConfig
 COMMAND = (sys.executable, "-m", "loglinear", "data", "prepare")
 CONFIG_FILE = "prepare.yaml"
 PR_SET_PDEATHSIG = 1
+EXIT_REFUSED = 2  # of a command that was given bad input
 
 
 def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
@@ -36,8 +38,8 @@ def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
     if is_complete(config.data, config.model.vocab_size) or is_preparing(folder):
         return None
     config_file = folder / CONFIG_FILE
-    config_file.write_text(config.to_yaml(), encoding="utf-8")
-    with (folder / LOG_FILE).open("wb") as log:
+    write_bytes(config_file, config.to_yaml().encode())
+    with (folder / LOG_FILE).open("ab") as log:
         return subprocess.Popen(
             [*COMMAND, str(config_file)],
             stdin=subprocess.DEVNULL,
@@ -99,9 +101,11 @@ class _Waiting:
         while not done():
             if self.is_over():
                 return False
-            alive = self.process.poll() is None if self.process else is_preparing(self.data.dir)
+            code = None if self.process is None else self.process.poll()
+            # Two that start a preparation at once wait for the one that came first.
+            alive = (self.process is not None and code is None) or is_preparing(self.data.dir)
             if not alive and not done():
-                raise preparation_ended(self.data.dir)
+                raise preparation_ended(self.data.dir, refused=code == EXIT_REFUSED)
             time.sleep(POLL_SECONDS)
         return True
 

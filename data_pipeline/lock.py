@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +14,13 @@ from data_pipeline.files import PREPARE_COMMAND
 from data_pipeline.manifest import LOG_FILE
 from loglinear.errors import UserError
 
-PATIENCE = 5.0  # seconds; whoever asks `is_preparing` holds the lock for a moment too
+LOCK_FILE = "prepare.lock"
+PATIENCE = 5.0  # seconds; whoever asks `is_preparing` shares the lock for a moment
 TAIL_LINES = 8
+
+
+class PreparationEndedError(UserError):
+    """Somebody or something ended a preparation, which goes on when it is started again."""
 
 
 @contextmanager
@@ -35,13 +42,20 @@ def preparation_lock(folder: Path) -> Iterator[None]:
 
 
 def is_preparing(folder: Path) -> bool:
-    """Whether a living process is preparing `folder`."""
-    lock = _lock(folder)
+    """Whether a living process is preparing `folder`.
+
+    To ask, the lock is shared: two that ask at once must not take each other for a preparation.
+    """
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    finally:
+        os.close(descriptor)
     return False
 
 
@@ -54,14 +68,15 @@ def log_tail(folder: Path) -> str:
     return "\n".join(lines[-TAIL_LINES:])
 
 
-def preparation_ended(folder: Path) -> UserError:
-    """The error of those who wait for a preparation that ended before it was complete."""
+def preparation_ended(folder: Path, refused: bool = False) -> UserError:
+    """The error of those who wait for a preparation that ended before it was complete; `refused` if of bad input."""
     tail = log_tail(folder)
     said = f"; its last words:\n{tail}" if tail else ""
-    return UserError(
+    kind = UserError if refused else PreparationEndedError
+    return kind(
         f"the preparation of {folder} ended before it was complete: run `{PREPARE_COMMAND}` to continue it{said}"
     )
 
 
 def _lock(folder: Path) -> FileLock:
-    return FileLock(folder / "prepare.lock", is_singleton=False)
+    return FileLock(folder / LOCK_FILE, is_singleton=False)

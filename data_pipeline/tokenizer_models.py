@@ -12,7 +12,7 @@ from loglinear.errors import UserError
 SPACE_MARK = "\u2581"  # sentencepiece writes a space so; the character itself must travel as bytes
 LONGEST_LINE = 1 << 16  # characters; sentencepiece takes a hundred times a line's size in memory
 LONGEST_BLOCK = 1 << 20  # characters; a list of tokens takes ten times the memory of an array
-PROBE = "a  b\n\t\u00e9\u4e2d\U0001f600 <\u2581"  # what a tokenizer that keeps text gives back
+PROBE = "a  b\n\t\u00e9\u4e2d\U0001f600\ufb01 <\u2581"  # what a tokenizer that keeps text gives back
 
 
 class SentencePieceModel:
@@ -27,7 +27,7 @@ class SentencePieceModel:
         """Load `proto`, the content of `path`.
 
         Raises:
-            UserError: it is no sentencepiece model, or has no bos piece or no byte pieces.
+            UserError: it is no sentencepiece model, has no bos piece or no byte pieces, or would lose text.
         """
         import sentencepiece
 
@@ -48,6 +48,11 @@ class SentencePieceModel:
         # Lines are encoded twice as fast as whole documents; the pieces agree when no piece spans a newline.
         whole, lines = self._model.encode(["a\n b", "a b"]), self._model.encode(["a\n", "a", " b"])
         self._by_line = whole == [lines[0] + lines[2], lines[1] + lines[2]]
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise UserError(
+                f"{path} would lose text (such as {PROBE!r}): train it with normalization_rule_name=identity and"
+                " remove_extra_whitespaces=false"
+            )
 
     def parts(self, text: str) -> Iterator[str]:
         """`text` in parts that can be encoded one after the other."""

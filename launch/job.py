@@ -199,6 +199,11 @@ class JobFolder:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [_ATTEMPT.validate_json(line) for line in lines]
 
+    def has_finished(self) -> bool:
+        """Whether the last thing that was recorded is a good end."""
+        last = self.attempts()[-1:]
+        return any(isinstance(event, End) and event.outcome == "finished" for event in last)
+
     def add_bad_nodes(self, nodes: list[str]) -> None:
         """Said by a rank whose preflight failed."""
         with self.bad_nodes_file.open("a", encoding="utf-8") as file:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_pipeline.lock import PreparationEndedError
 from launch.job import JobFolder
 from launch.ranks import EXIT_REFUSED, PLACE
 from loglinear.errors import UserError
@@ -19,7 +20,10 @@ def place_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    """Train; a user's mistake is one sentence and exit code 2, a bad node is recorded and ends with 3."""
+    """Train; a user's mistake is one sentence and exit code 2, a bad node is recorded and ends with 3.
+
+    A preparation that was ended is no mistake: started again, it goes on.
+    """
     stop = StopRequest()
     stop.listen()  # before anything that takes time: a signal must find us listening
     os.environ |= place_of(os.environ)
@@ -31,7 +35,7 @@ def main(folder: Path) -> None:
     try:
         train(job.config(), stop)
     except UserError as error:
-        end(f"loglinear: {error}", EXIT_REFUSED)
+        end(f"loglinear: {error}", 1 if isinstance(error, PreparationEndedError) else EXIT_REFUSED)
     except FailedNodes as failure:
         if os.environ["RANK"] == "0":
             job.add_bad_nodes(failure.nodes)

@@ -40,8 +40,7 @@ def supervise(folder: str, after: Sequence[str] = ()) -> None:
             row.
     """
     for run_dir in after:  # SLURM only knows that their jobs ended without an error, as those of a cancelled run do
-        ends = [event for event in JobFolder.of(Path(run_dir)).attempts() if isinstance(event, End)]
-        if not ends or ends[-1].outcome != "finished":
+        if not JobFolder.of(Path(run_dir)).has_finished():
             raise RunFailed(f"{run_dir} did not finish, so what depends on it does not start")
     job = JobFolder(Path(folder))
     cluster = job.cluster()
@@ -63,6 +62,7 @@ class _Supervisor:
 
     def go(self) -> None:
         """Attempt after attempt, until there is nothing more to do here."""
+        self._record_unseen_end()
         while not self._is_over():
             self._give_up_or_pause()
             if self._is_over():
@@ -75,6 +75,14 @@ class _Supervisor:
                 raise RunFailed(end.reason)
             if end.outcome == "ended" or self._has_requeued(end):
                 return
+
+    def _record_unseen_end(self) -> None:
+        """The run may have made its last step unseen, by hand or as a node was lost; others wait for the word."""
+        last = max(self.job.attempts(), key=lambda event: event.attempt, default=None)
+        step, attempt = self.job.last_step(), 0 if last is None else last.attempt
+        if step >= self.steps and not self.job.has_finished():
+            reason = "seen when it was started again"
+            self.job.record(End(attempt=attempt, time=time.time(), step=step, outcome="finished", reason=reason))
 
     def _is_over(self) -> bool:
         return self.job.last_step() >= self.steps or self.job.cancel_marker.exists()

@@ -57,17 +57,18 @@ class World:
         """Run `action` on every rank; returns all results, in rank order, on every rank.
 
         Raises:
-            UserError: it raised one on some rank; every rank raises that of the first such rank.
+            UserError: it raised one on some rank; every rank raises that of the first such rank, of its very class.
         """
         value = error = None
         try:
             value = action()
         except UserError as failure:
-            error = str(failure)
+            error = type(failure), str(failure)
         outcomes = self.gather((error, value))
-        for message, _ in outcomes:
-            if message is not None:
-                raise UserError(message)
+        for failed, _ in outcomes:
+            if failed is not None:
+                kind, message = failed
+                raise kind(message)
         return [result for _, result in outcomes]
 
     def close(self) -> None:

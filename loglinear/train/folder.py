@@ -133,6 +133,12 @@ def check_unchanged(saved: dict[str, Any], config: Config) -> None:
         UserError: names the first setting that differs, and both values.
     """
     present = config.model_dump(mode="json")
+    if config.data.curriculum and saved["train"]["global_batch"] != config.train.global_batch:
+        raise UserError(
+            f"{config.run.folder} was trained with train.global_batch = {saved['train']['global_batch']}, but the"
+            f" configuration says {config.train.global_batch}: the steps of data.curriculum are counted in batches, so"
+            " restore it to go on, or choose another run.dir for a new run"
+        )
     for section in FIXED:
         for name, before, now in _differences(section, saved.get(section), present[section]):
             raise UserError(

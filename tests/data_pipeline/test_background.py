@@ -17,7 +17,7 @@ import torch
 from data_pipeline.background import start_preparation, wait_until_ready
 from data_pipeline.batch import Batch
 from data_pipeline.loader import TrainLoader
-from data_pipeline.lock import preparation_lock
+from data_pipeline.lock import LOCK_FILE, PreparationEndedError, is_preparing, preparation_lock
 from data_pipeline.manifest import read_index
 from loglinear.config import Config, DataConfig, ModelConfig, SourceConfig
 from loglinear.errors import UserError
@@ -125,6 +125,39 @@ def test_the_last_words_of_a_failed_preparation_are_quoted(configure: Configure,
     data = configure(sources=(SourceConfig(kind="folder", path=str(tmp_path / "absent")),))
     with pytest.raises(UserError, match=r"(?s)its last words:.*there is no folder .*absent"):
         wait_ready(data, start(data))
+
+
+def test_only_what_may_go_on_is_worth_another_start(halted: Halted, configure: Configure, tmp_path: Path) -> None:
+    data, process = halted
+    process.kill()
+    process.wait()
+    with pytest.raises(PreparationEndedError):
+        wait_ready(data, process, samples=10**6)
+    absent = configure(dir=tmp_path / "other", sources=(SourceConfig(kind="folder", path=str(tmp_path / "absent")),))
+    with pytest.raises(UserError) as raised:
+        wait_ready(absent, start(absent))
+    assert not isinstance(raised.value, PreparationEndedError)
+
+
+def test_two_that_start_at_once_both_get_their_data(configure: Configure) -> None:
+    """Each has asked before the other's preparation held the lock."""
+    data = configure(shard_tokens=900)
+    first, second = start(data), start(data)
+    wait_ready(data, first, samples=10**6)
+    wait_ready(data, second, samples=10**6)
+    assert sorted([first.wait(300), second.wait(300)])[0] == 0
+    assert read_index(data.dir) is not None
+
+
+def test_those_who_ask_do_not_take_each_other_for_a_preparation(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    ask = f"from pathlib import Path; from data_pipeline.lock import *; import sys\nfolder = Path({str(tmp_path)!r})\n"
+    ask += "sys.exit(any(is_preparing(folder) for _ in range(20000)))"
+    asking = [subprocess.Popen([sys.executable, "-c", ask]) for _ in range(2)]
+    assert [each.wait(300) for each in asking] == [0, 0]
+    with preparation_lock(tmp_path):
+        assert is_preparing(tmp_path)
+    assert not is_preparing(tmp_path)
 
 
 def test_prepared_data_need_no_process(prepared: DataConfig) -> None:

@@ -201,7 +201,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"bos_id": -1, "byte_fallback": True}, "no bos piece"), ({"byte_fallback": False}, "no byte pieces")],
+    [
+        ({"bos_id": -1, "byte_fallback": True}, "no bos piece"),
+        ({"byte_fallback": False}, "no byte pieces"),
+        ({"byte_fallback": True}, "would lose text .* normalization_rule_name=identity"),
+        ({"byte_fallback": True, "normalization_rule_name": "nfkc", "remove_extra_whitespaces": False}, "would lose"),
+    ],
 )
 def test_a_model_that_would_lose_text_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     lines = iter(["some words to train on", "and a few more words"])

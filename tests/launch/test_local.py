@@ -102,6 +102,13 @@ def test_a_rank_is_killed_the_run_is_cancelled_and_goes_on(prepared: DataConfig,
     assert len(losses(run_dir)) == saved + 4
     assert "finished" in loglinear("jobs", run_dir)
 
+    *events, _ = job.attempts_file.read_text().splitlines(True)
+    job.attempts_file.write_text("".join(events))
+    assert "finished" not in loglinear("jobs", run_dir), "the node was lost before its end was recorded"
+    loglinear("submit", config, "--cluster", "local", "cluster.ranks_per_node=2", f"train.steps={saved + 4}")
+    assert wait_until_over(job).outcome == "finished"
+    assert len(losses(run_dir)) == saved + 4
+
 
 def test_ranks_meet_at_a_port_that_nobody_listens_to_and_no_connection_is_given(
     monkeypatch: pytest.MonkeyPatch,

@@ -14,6 +14,7 @@ import torch
 from loglinear.checkpoint import read_latest
 from loglinear.checkpoint.files import complete_checkpoints
 from loglinear.config import Config, DataConfig, SourceConfig
+from loglinear.config_data import StageConfig
 from loglinear.errors import UserError
 from loglinear.train.folder import RunFolder
 from loglinear.train.run import train
@@ -50,6 +51,15 @@ def test_resuming_with_another_model_names_the_setting(
     with pytest.raises(UserError, match=f"was trained with {message}: restore it to go on, or choose another run.dir"):
         raise UserError(said)
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+def test_a_curriculum_counts_in_batches_that_must_stay(prepared: DataConfig, copy: Path, tmp_path: Path) -> None:
+    data = prepared.model_copy(update={"curriculum": (StageConfig(from_step=STEPS + 2, seq_len=80),)})
+    batch = {"steps": STEPS + 1, "global_batch": 4}
+    said = refused(small_config(copy, data, train=batch), tmp_path / "log")
+    assert "was trained with train.global_batch = 8, but the configuration says 4: the steps of data.curriculum" in said
+    plain = small_config(copy, prepared, train=batch)
+    assert exit_codes(start_ranks(1, train, plain)) == [0], "without one, batches may change"
 
 
 def test_resuming_in_another_order_of_the_data_is_refused(prepared: DataConfig, copy: Path, tmp_path: Path) -> None:
