@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, zip_longest
 
 import numpy as np
@@ -25,13 +25,14 @@ def held_out_batches(
     limit_samples: int,
     rank: int = 0,
     world_size: int = 1,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[Batch]:
     """This rank's part of the first `limit_samples` held-out samples, in an order that never changes.
 
     Over all ranks every token but a source's first is a label just once. Sources of a mixture take turns, each with
     its first samples. A source's last sample is padded, and every rank gets equally many batches of `batch`
     samples, if need be of padding alone, so that collectives match. Waits for a preparation that is still under
-    way until it has that many samples or is complete.
+    way until it has that many samples or is complete, and calls `meanwhile` again and again.
 
     Raises:
         UserError: nothing is prepared or held out, other settings were, or a shard is missing or damaged.
@@ -39,7 +40,7 @@ def held_out_batches(
     tokenizer = open_tokenizer(data, vocab_size)
     readers = [ShardReader(part.dir, "held_out", tokenizer.sha256) for part in parts(data).values()]
     for reader in readers:
-        reader.wait_for(limit_samples * seq_len + 1)
+        reader.wait_for(limit_samples * seq_len + 1, meanwhile)
     places = _places([reader.tokens for reader in readers], seq_len, limit_samples)
     if not places:
         raise UserError(

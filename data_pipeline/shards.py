@@ -6,7 +6,7 @@ import hashlib
 import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -186,8 +186,8 @@ class ShardReader:
     def tokens(self) -> int:
         return self._starts[-1]
 
-    def wait_for(self, tokens: int) -> None:
-        """Return once the row has that many tokens, or all that it will ever have.
+    def wait_for(self, tokens: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Return once the row has that many tokens, or all that it will ever have; call `meanwhile` again and again.
 
         Raises:
             UserError: the preparation ended before it was complete.
@@ -196,6 +196,7 @@ class ShardReader:
             alive = is_preparing(self._folder)
             if not alive and not self.has(tokens):  # after the question: it may have finished just before it ended
                 raise preparation_ended(self._folder)
+            meanwhile()
             time.sleep(POLL_SECONDS)
 
     def has(self, tokens: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -82,17 +83,27 @@ class RunFolder:
         """A picture of the losses, drawn when the run ends."""
         return self.root / "loss.png"
 
-    def prepare(self, config: Config) -> None:
-        """Make the folder and write the configuration into it.
+    def prepare(self) -> None:
+        """Make the folder.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: it cannot be made, or cannot be written to.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_bytes(self.config, config.to_yaml().encode())
         except OSError as error:
             raise UserError(f"cannot write to run.dir {self.root} ({error.strerror}): choose another run.dir") from None
+        if not os.access(self.root, os.W_OK):
+            raise UserError(f"cannot write to run.dir {self.root}: choose another run.dir")
+
+    def describe(self, config: Config, tokenizer: Path) -> None:
+        """Write down what is trained: the configuration, and a copy of the tokenizer; for others to load the run.
+
+        Raises:
+            UserError: there is no room, for instance.
+        """
+        write_bytes(self.config, config.to_yaml().encode())
+        write_bytes(self.tokenizer, tokenizer.read_bytes())
 
     def load_config(self) -> Config:
         """The configuration of the run.
@@ -116,10 +127,6 @@ class RunFolder:
             return Progress(**json.loads((self.root / "progress.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-
-    def keep_tokenizer(self, source: Path) -> None:
-        """Copy the tokenizer into the folder."""
-        write_bytes(self.tokenizer, source.read_bytes())
 
 
 def check_unchanged(saved: dict[str, Any], config: Config) -> None:

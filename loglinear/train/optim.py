@@ -28,6 +28,8 @@ class GuardedAdamW(torch.optim.AdamW):
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> GuardedAdamW:
     """AdamW over two groups: weights of at least two dimensions decay; norms, biases and decay rates do not.
 
+    So the tables of heads and levels that `static`, `scaled` and `linear` lambda maps learn decay as matrices do.
+
     Source: arXiv 1711.05101. The learning rate is set before every step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

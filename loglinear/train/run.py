@@ -27,6 +27,7 @@ from loglinear.checkpoint import CheckpointStore, Snapshot, load_exported, load_
 from loglinear.config import Config
 from loglinear.model import LanguageModel
 from loglinear.model.generation import generate
+from loglinear.ops.fenwick import num_levels
 from loglinear.ops.peak import TRAINING_FLOPS, peak_flops
 from loglinear.parallel import Mesh, make_mesh, parallel_model, start_world
 from loglinear.train.console import TrainConsole
@@ -96,7 +97,7 @@ class _Run:
         snapshot = self.store.latest()
         if snapshot is not None:
             check_unchanged(snapshot.state["config"], config)
-        world.together(lambda: self.folder.prepare(config) if self.first else None)
+        world.together(lambda: self.folder.prepare() if self.first else None)
         self.wandb: WandbRun | None = None
         world.together(self._show_in_wandb)
 
@@ -128,6 +129,7 @@ class _Run:
             self._close()
             return
         self._begin(self.snapshot)
+        self.world.together(self._describe)  # nothing was refused, so this is what the run is from now on
         config, step = self.config, self.start
         with self.console:
             while step < config.train.steps:
@@ -201,7 +203,8 @@ class _Run:
         )
         if saved is not None and samples is None:
             saved.require_same_order(loader.state(0))
-        loader.require(config.train.steps - self.start)
+        if samples is None:  # a run that went back needs more, and may train on what there is
+            loader.require(config.train.steps - self.start)
         return _Data(loader, iter(loader))
 
     def _wait_for_data(self) -> bool:
@@ -214,7 +217,7 @@ class _Run:
             + ("all is" if config.data.is_mixture else "the first shard is")
             + " prepared."
         )
-        is_ready = wait_until_ready(
+        return wait_until_ready(
             config.data,
             vocab_size=config.model.vocab_size,
             samples=config.train.global_batch,
@@ -222,9 +225,10 @@ class _Run:
             process=start_preparation(config),
             is_over=lambda: self.stop.asked,
         )
-        if is_ready:
-            self.folder.keep_tokenizer(tokenizer_path(config.data))
-        return is_ready
+
+    def _describe(self) -> None:
+        if self.first:
+            self.folder.describe(self.config, tokenizer_path(self.config.data))
 
     def _make_engine(self, snapshot: Snapshot | None) -> Engine:
         config = self.config
@@ -257,6 +261,7 @@ class _Run:
         if self.statistics is not None:
             self.statistics.recording = step % config.monitor.levels_every == 0
         self.timer.take()
+        self.data.loader.require(step - self.start)
         with self.timer("data"):
             batches = list(islice(self.data.stream, self.micro_batches))
         rate = learning_rate(config, step - 1)
@@ -286,6 +291,7 @@ class _Run:
             limit_samples=config.eval.samples,
             rank=self.mesh.data.index,
             world_size=self.mesh.data.size,
+            meanwhile=lambda: self.watchdog.beat("waiting for held-out data to be prepared"),
         )
         loss = held_out_loss(self.engine.loss_sum, self._watched(batches, "evaluating"), self.mesh)
         text = self._sample()
@@ -302,6 +308,9 @@ class _Run:
         tokenizer = open_tokenizer(config.data, config.model.vocab_size)
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.eval.prompt)]
         count = config.eval.generate_tokens
+        if config.model.log_linear.beyond_trained_levels == "error":
+            most = 1 << (num_levels(config.model.seq_len) - 1)
+            count = max(0, min(count, most - len(prompt)))
         tokens = generate(self.engine.model, prompt, count, seed=config.run.seed, device=self.world.device)
         return tokenizer.decode([*prompt, *tokens])
 

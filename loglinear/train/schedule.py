@@ -17,7 +17,7 @@ def learning_rate(config: Config, step: int) -> float:
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     decay_steps = schedule.decay_steps if schedule.kind == "wsd" else steps - schedule.warmup_steps
-    progress = (step - (steps - decay_steps) + 1) / decay_steps
+    progress = (step - (steps - decay_steps) + 1) / max(decay_steps, 1)  # none if all is warm-up
     progress = min(max(progress, 0.0), 1.0)
     remaining = 1 - progress if schedule.kind == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * remaining)

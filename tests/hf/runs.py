@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from tests.model.model_cases import awake, tiny
 def write_run(folder: Path, config: ModelConfig, model: LanguageModel, data: DataConfig) -> Path:
     """A run's folder with `model` as its checkpoint after 5 steps."""
     run = RunFolder(folder)
-    run.prepare(
-        Config.model_validate({"model": config.model_dump(), "data": data.model_dump(), "run": {"dir": folder}})
-    )
-    shutil.copyfile(data.dir / "tokenizer.model", run.tokenizer)
+    run.prepare()
+    sections = {"model": config.model_dump(), "data": data.model_dump(), "run": {"dir": folder}}
+    run.describe(Config.model_validate(sections), data.dir / "tokenizer.model")
     temporary = run.checkpoints / (files.folder_name(5) + files.TEMPORARY)
     temporary.mkdir()
     parameters = dict(model.named_parameters())

@@ -15,6 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from loglinear.config import DataConfig
 from loglinear.train.layout import layout
 from loglinear.train.profile import profile_steps
+from loglinear.train.schedule import learning_rate
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import small_config
 
@@ -43,6 +44,12 @@ def test_layers_without_level_scales_have_no_chart(
 ) -> None:
     shown = layout(small_config(tmp_path, prepared, model=changes).model)
     assert len(shown.get("lambda by level", {})) == charts
+
+
+def test_the_rate_behind_a_run_of_warm_up_alone(prepared: DataConfig, tmp_path: Path) -> None:
+    """A profile makes steps that the run does not have."""
+    config = small_config(tmp_path / "run", prepared, train={"steps": 2})
+    assert learning_rate(config, 5) == config.optimizer.lr * config.schedule.final_ratio
 
 
 def test_a_profile_names_the_phases_of_every_step(prepared: DataConfig, tmp_path: Path) -> None:

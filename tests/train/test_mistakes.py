@@ -63,9 +63,11 @@ def test_a_curriculum_counts_in_batches_that_must_stay(prepared: DataConfig, cop
 
 
 def test_resuming_in_another_order_of_the_data_is_refused(prepared: DataConfig, copy: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     data = prepared.model_copy(update={"shuffle_window": 64})
     said = refused(small_config(copy, data, train={"steps": STEPS + 1}), tmp_path / "log")
     assert "trained with data.shuffle_window = 32, this run has 64" in said
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -119,10 +121,11 @@ def test_a_disk_that_is_full_during_a_save_leaves_the_checkpoint_before(
     assert exit_codes(start_ranks(1, train, config)) == [0], "with room again it goes on"
 
 
-def prepare_on_a_full_disk(config: Config) -> None:
+def describe_on_a_full_disk(config: Config) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    folder = RunFolder(config.run.folder)
     try:
-        RunFolder(config.run.folder).prepare(config)
+        folder.describe(config, folder.tokenizer)
     except UserError:
         os._exit(2)  # there is no room for a log
 
@@ -130,7 +133,7 @@ def prepare_on_a_full_disk(config: Config) -> None:
 def test_a_disk_that_is_full_leaves_the_configuration_before(prepared: DataConfig, copy: Path) -> None:
     before = (copy / "config.yaml").read_bytes()
     config = small_config(copy, prepared, train={"steps": STEPS + 4})
-    assert exit_codes(start_ranks(1, prepare_on_a_full_disk, config)) == [2]
+    assert exit_codes(start_ranks(1, describe_on_a_full_disk, config)) == [2]
     assert (copy / "config.yaml").read_bytes() == before
 
 
@@ -151,6 +154,13 @@ def test_a_folder_that_cannot_be_written_to_is_named(prepared: DataConfig, tmp_p
     (tmp_path / "file").write_text("in the way")
     said = refused(small_config(tmp_path / "file" / "run", prepared), tmp_path / "log", ranks=2)
     assert f"cannot write to run.dir {tmp_path}/file/run" in said
+
+
+def test_a_sample_is_as_long_as_the_trained_levels_allow(prepared: DataConfig, tmp_path: Path) -> None:
+    """What the model cannot write must not end a run at its first evaluation, before it has saved anything."""
+    mixer = {"heads": 2, "head_dim": 16, "state_dim": 16, "beyond_trained_levels": "error"}
+    changes = {"model": {"log_linear": mixer}, "eval": {"every": 4, "generate_tokens": 400}, "train": {"steps": 4}}
+    assert exit_codes(start_ranks(1, train, small_config(tmp_path / "run", prepared, **changes))) == [0]
 
 
 def test_a_loss_that_stays_infinite_ends_the_run(prepared: DataConfig, tmp_path: Path) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipeline.loader import TrainLoader
+from data_pipeline.prepare import prepare_all
 from loglinear.checkpoint import read_latest
 from loglinear.checkpoint.files import complete_checkpoints, step_of
 from loglinear.config import DataConfig, StabilityConfig
 from loglinear.errors import UserError
 from loglinear.train.stability import Guard, Rollbacks
+from tests.corpus import VOCAB
 from tests.processes import exit_codes, start_ranks
 from tests.train.small import GLOBAL_BATCH, records, saved_tensors, small_config
 from tests.train.trouble import (
@@ -98,6 +103,38 @@ def test_a_run_that_went_back_is_one_that_never_saw_those_data(
         (event["step"], event["to_step"], event["to_sample"]) for event in found if event["event"] == "rolled back"
     ]
     assert backs == [(8, 4, 64), (16, 12, 160)]
+
+
+def suffices(loader: TrainLoader, steps: int) -> bool:
+    try:
+        loader.require(steps)
+    except UserError:
+        return False
+    return True
+
+
+def test_after_going_back_it_trains_until_the_data_end(
+    configure: Callable[..., DataConfig], corpus: Path, tmp_path: Path
+) -> None:
+    """What was skipped is missed at the end, and not before: an early return must not end the run at once."""
+    folder = {"kind": "folder", "path": str(corpus), "weight": 1.0, "max_epochs": 1}
+    sources = [
+        folder | {"pattern": f"0{digits}*.txt", "name": name}
+        for digits, name in (("[0-3]", "first"), ("[4-7]", "second"))
+    ]
+    data = configure(sources=sources)
+    prepare_all(data, VOCAB)
+    small = small_config(tmp_path / "run", data)
+    given = {"vocab_size": VOCAB, "seq_len": small.model.seq_len, "micro_batch": 2}
+    loader = TrainLoader(data, global_batch=GLOBAL_BATCH, **given)
+    most = next(steps for steps in count(1) if not suffices(loader, steps + 1))
+    assert most >= 10
+    config = small_config(tmp_path / "run", data, train={"steps": most})
+    log = tmp_path / "log"
+    poison = dict.fromkeys((6, 7, 8), math.nan)
+    assert exit_codes(start_ranks(1, train_poisoned, config, poison, log=log)) == [2]
+    assert "every source has reached its max_epochs" in log.read_text()
+    assert records(tmp_path / "run")[-1]["step"] == most - 4, "the steps 5 to 8 were made again, with later data"
 
 
 def test_stopped_after_it_went_back_it_goes_on_bit_for_bit(

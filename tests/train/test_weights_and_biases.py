@@ -49,7 +49,7 @@ def losing_wandb(config: Config) -> None:
     """Log, kill wandb's process, log again and end."""
     os.environ["WANDB_MODE"] = "offline"
     folder = RunFolder(config.run.folder)
-    folder.prepare(config)
+    folder.prepare()
     run = WandbRun(folder, config)
     run.log(1, {"loss": 2.0})
     found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout
