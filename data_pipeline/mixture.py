@@ -76,6 +76,11 @@ class Mixture:
         blocks = [self._block(past[-1], (runs - 1 - past[-1].start) // BLOCK)] if past else []
         return hashlib.sha256(json.dumps([parts, blocks]).encode()).hexdigest()[:16]
 
+    def sources(self, runs: int) -> list[int]:
+        """Which sources the first `runs` runs may come from."""
+        past = [phase.weights for phase in self._phases if phase.start < runs]
+        return [source for source, weights in enumerate(zip(*past, strict=True)) if any(weights)]
+
     def _shuffled(self, phase: _Phase, place: int) -> int:
         if sum(weight > 0 for weight in phase.weights) == 1:
             return place

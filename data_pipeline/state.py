@@ -15,7 +15,7 @@ NAMES = {
     "contiguous": "data.contiguous",
     "best_fit": "data.best_fit",
     "tokenizer_sha256": "the tokenizer's SHA-256",
-    "mixture": "the mixture so far (a fingerprint of data.sources, their sizes and data.curriculum)",
+    "mixture": "the mixture so far (a fingerprint of data.sources, their names, sizes and data.curriculum)",
 }
 
 

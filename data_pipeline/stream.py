@@ -76,8 +76,9 @@ class SampleStream:
     def fingerprint(self, samples: int) -> str:
         """Hexadecimal digits that are equal for two streams that mix and cut the first `samples` samples alike."""
         contexts = [item for item in self._contexts.items() if item[0] < samples]
-        mixture = self._mixture.fingerprint(-(-samples // self._contiguous))
-        return hashlib.sha256(f"{contexts} {mixture}".encode()).hexdigest()[:16]
+        runs = -(-samples // self._contiguous)
+        sources = "".join(self._sources[source].label for source in self._mixture.sources(runs))
+        return hashlib.sha256(f"{contexts} {self._mixture.fingerprint(runs)}{sources}".encode()).hexdigest()[:16]
 
     def _limits(self, data: DataConfig) -> list[int | None]:
         """The runs that each source may give."""
@@ -96,11 +97,16 @@ class _Source:
         self._size = data.contiguous
         self._order = SampleOrder(data.seed, data.shuffle_window // data.contiguous)
         self._where = f"source {name!r}" if name else "the prepared data"
-        self._seq_len = seq_len
+        self._seq_len, self._is_mixed = seq_len, is_mixed
         if is_mixed and not self._rows.complete:
             raise UserError(f"{data.dir} is not complete, and a mixture must be: run `{PREPARE_COMMAND}`")
         if is_mixed:
             self._check()
+
+    @property
+    def label(self) -> str:
+        """A mixture's source by its name and size; "" for one that is alone, and may still grow."""
+        return f" {self._where} of {self._rows.tokens} tokens" if self._is_mixed else ""
 
     @property
     def runs(self) -> int:

@@ -160,6 +160,18 @@ def test_interrupted_twice_on_1_3_8_and_2_ranks_the_order_is_that_of_one_run(
     np.testing.assert_array_equal(np.concatenate(found), uninterrupted)
 
 
+def test_a_place_in_a_mixture_means_nothing_in_that_of_other_sources(mixed: DataConfig) -> None:
+    """In another order, or by another name, though all weigh alike."""
+    even = [source.model_copy(update={"weight": 1.0}) for source in mixed.sources]
+    data = mixed.model_copy(update={"sources": tuple(even[:2])})
+    saved = loader(data).state(5)
+    saved.require_same_order(loader(data, start_sample=saved.samples).state(0))
+    for others in (even[1::-1], [even[0], even[2]]):
+        changed = mixed.model_copy(update={"sources": tuple(others)})
+        with pytest.raises(UserError, match="trained with the mixture so far"):
+            saved.require_same_order(loader(changed, start_sample=saved.samples).state(0))
+
+
 def test_later_stages_may_change_and_earlier_ones_may_not(mixed: DataConfig) -> None:
     data = curriculum(mixed)
     saved = loader(data).state(5)
