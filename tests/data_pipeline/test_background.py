@@ -16,6 +16,7 @@ import torch
 
 from data_pipeline.background import start_preparation, wait_until_ready
 from data_pipeline.batch import Batch
+from data_pipeline.held_out import held_out_batches
 from data_pipeline.loader import TrainLoader
 from data_pipeline.lock import LOCK_FILE, PreparationEndedError, is_preparing, preparation_lock
 from data_pipeline.manifest import read_index
@@ -119,6 +120,18 @@ def test_it_goes_on_when_the_trainer_is_asked_to_stop_waiting(halted: Halted) ->
     process.send_signal(signal.SIGCONT)
     assert process.wait(300) == 0
     assert read_index(data.dir) is not None
+
+
+def test_who_waits_for_held_out_data_can_say_that_he_lives(halted: Halted) -> None:
+    data, process = halted
+
+    def meanwhile() -> None:
+        process.send_signal(signal.SIGCONT)
+
+    options = {"vocab_size": VOCAB, "seq_len": SEQ_LEN, "batch": 4, "limit_samples": 10**6}
+    waited = list(held_out_batches(data, **options, meanwhile=meanwhile))
+    assert process.wait(300) == 0
+    assert len(waited) == len(list(held_out_batches(data, **options)))
 
 
 def test_the_last_words_of_a_failed_preparation_are_quoted(configure: Configure, tmp_path: Path) -> None:
