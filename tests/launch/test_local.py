@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def test_told_to_end_between_two_attempts_it_starts_no_other(prepared: DataConfi
     config = write(tmp_path, prepared)
     loglinear("submit", config, "--cluster", "local", "cluster.python=/bin/false")
     job = JobFolder.of(tmp_path / "run")
-    wait_for(lambda: sum(isinstance(event, End) for event in job.attempts()) == 3, PATIENCE)  # then it pauses for 4 s
+    wait_for(lambda: sum(isinstance(event, End) for event in job.attempts()) == 3, PATIENCE)
+    time.sleep(1.0)  # into its pause of 4 s
     os.kill(int(job.submission().id), signal.SIGTERM)
     wait_for(lambda: not local.is_alive(job), PATIENCE)
     assert max(event.attempt for event in job.attempts()) == 3
