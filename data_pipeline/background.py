@@ -6,23 +6,21 @@ import ctypes
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from data_pipeline.files import write_bytes
-from data_pipeline.lock import is_preparing, preparation_ended
+from data_pipeline.lock import is_preparing, wait_while_preparing
 from data_pipeline.manifest import LOG_FILE, read_preparation
 from data_pipeline.prepare import make_data_folder
 from data_pipeline.prepared import is_complete, open_tokenizer
 from data_pipeline.rows import Rows
-from data_pipeline.shards import POLL_SECONDS, ShardReader
+from data_pipeline.shards import ShardReader
 from loglinear.config import Config, DataConfig
 
 COMMAND = (sys.executable, "-m", "loglinear", "data", "prepare")
 CONFIG_FILE = "prepare.yaml"
 PR_SET_PDEATHSIG = 1
-EXIT_REFUSED = 2  # of a command that was given bad input
 
 
 def start_preparation(config: Config) -> subprocess.Popen[bytes] | None:
@@ -77,37 +75,15 @@ def wait_until_ready(
     Raises:
         UserError: the preparation failed; its last words are quoted.
     """
-    waiting = _Waiting(data, process, is_over)
-    has_begun = waiting.until(lambda: process is None or is_preparing(data.dir) or is_complete(data, vocab_size))
-    if not has_begun or not waiting.until(lambda: read_preparation(data.dir) is not None):
+    wait_until = partial(wait_while_preparing, data.dir, process=process, is_over=is_over)
+    has_begun = wait_until(lambda: process is None or is_preparing(data.dir) or is_complete(data, vocab_size))
+    if not has_begun or not wait_until(lambda: read_preparation(data.dir) is not None):
         return False
     if data.is_mixture:
-        return waiting.until(lambda: is_complete(data, vocab_size))
+        return wait_until(lambda: is_complete(data, vocab_size))
     tokenizer = open_tokenizer(data, vocab_size)
     rows = Rows(ShardReader(data.dir, "train", tokenizer.sha256), seq_len, data.best_fit)
-    return waiting.until(lambda: rows.has(samples))
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """For a preparation, in the background or by another process."""
-
-    data: DataConfig
-    process: subprocess.Popen[bytes] | None
-    is_over: Callable[[], bool]
-
-    def until(self, done: Callable[[], bool]) -> bool:
-        """Return once it is `done`, or else over; what it asks for is looked up after whether the preparation lives."""
-        while not done():
-            if self.is_over():
-                return False
-            code = None if self.process is None else self.process.poll()
-            # Two that start a preparation at once wait for the one that came first.
-            alive = (self.process is not None and code is None) or is_preparing(self.data.dir)
-            if not alive and not done():
-                raise preparation_ended(self.data.dir, refused=code == EXIT_REFUSED)
-            time.sleep(POLL_SECONDS)
-        return True
+    return wait_until(lambda: rows.has(samples))
 
 
 def end_with_parent() -> Callable[[], None] | None:

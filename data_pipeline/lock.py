@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from filelock import FileLock, Timeout
 
 from data_pipeline.files import PREPARE_COMMAND
 from data_pipeline.manifest import LOG_FILE
-from loglinear.errors import UserError
+from loglinear.errors import EXIT_REFUSED, UserError
 
 LOCK_FILE = "prepare.lock"
 PATIENCE = 5.0  # seconds; whoever asks `is_preparing` shares the lock for a moment
+POLL_SECONDS = 0.5
 TAIL_LINES = 8
 
 
@@ -68,11 +71,43 @@ def log_tail(folder: Path) -> str:
     return "\n".join(lines[-TAIL_LINES:])
 
 
-def preparation_ended(folder: Path, refused: bool = False) -> UserError:
-    """The error of those who wait for a preparation that ended before it was complete; `refused` if of bad input."""
+def wait_while_preparing(
+    folder: Path,
+    done: Callable[[], bool],
+    *,
+    process: subprocess.Popen[bytes] | None = None,
+    is_over: Callable[[], bool | None] = lambda: None,
+) -> bool:
+    """Return once what a preparation of `folder` makes is `done`.
+
+    Args:
+        folder: which this process or another prepares.
+        done: looks at what is there; asked again after whether the preparation lives, for it may finish in between.
+        process: a preparation of one's own, which may not have taken its lock yet.
+        is_over: asked again and again, whether to wait no longer.
+
+    Returns:
+        False if `is_over` said so before.
+
+    Raises:
+        PreparationEndedError: no preparation lives any more.
+        UserError: that of one's own ended by bad input.
+    """
+    while not done():
+        if is_over():
+            return False
+        code = None if process is None else process.poll()
+        # Two that start a preparation at once wait for the one that came first.
+        alive = (process is not None and code is None) or is_preparing(folder)
+        if not alive and not done():
+            raise _preparation_ended(folder, UserError if code == EXIT_REFUSED else PreparationEndedError)
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _preparation_ended(folder: Path, kind: type[UserError]) -> UserError:
     tail = log_tail(folder)
     said = f"; its last words:\n{tail}" if tail else ""
-    kind = UserError if refused else PreparationEndedError
     return kind(
         f"the preparation of {folder} ended before it was complete: run `{PREPARE_COMMAND}` to continue it{said}"
     )

@@ -71,15 +71,18 @@ class Mixture:
 
         What comes later is left out, so the later stages of a run may be changed while it is under way.
         """
-        past = [phase for phase in self._phases if phase.start < runs]
+        past = self._past(runs)
         parts = [(phase.start, phase.weights) for phase in past]
         blocks = [self._block(past[-1], (runs - 1 - past[-1].start) // BLOCK)] if past else []
         return hashlib.sha256(json.dumps([parts, blocks]).encode()).hexdigest()[:16]
 
     def sources(self, runs: int) -> list[int]:
         """Which sources the first `runs` runs may come from."""
-        past = [phase.weights for phase in self._phases if phase.start < runs]
-        return [source for source, weights in enumerate(zip(*past, strict=True)) if any(weights)]
+        weights = (phase.weights for phase in self._past(runs))
+        return [source for source, shares in enumerate(zip(*weights, strict=True)) if any(shares)]
+
+    def _past(self, runs: int) -> list[_Phase]:
+        return [phase for phase in self._phases if phase.start < runs]
 
     def _shuffled(self, phase: _Phase, place: int) -> int:
         if sum(weight > 0 for weight in phase.weights) == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from data_pipeline.encode import Encoded
 from data_pipeline.files import PREPARE_COMMAND, sha256_file, write_bytes
-from data_pipeline.lock import is_preparing, preparation_ended
+from data_pipeline.lock import wait_while_preparing
 from data_pipeline.manifest import (
     EXAMPLES,
     DType,
@@ -35,7 +34,6 @@ from data_pipeline.packing import pack_best_fit
 from data_pipeline.sources import Skipped
 from loglinear.errors import UserError
 
-POLL_SECONDS = 0.5
 MOST_OPEN = 256  # mapped files; the kernel has a limit
 
 
@@ -192,12 +190,7 @@ class ShardReader:
         Raises:
             UserError: the preparation ended before it was complete.
         """
-        while not self.has(tokens):
-            alive = is_preparing(self._folder)
-            if not alive and not self.has(tokens):  # after the question: it may have finished just before it ended
-                raise preparation_ended(self._folder)
-            meanwhile()
-            time.sleep(POLL_SECONDS)
+        wait_while_preparing(self._folder, lambda: self.has(tokens), is_over=meanwhile)
 
     def has(self, tokens: int) -> bool:
         """Whether by now the row has that many tokens, or all that it will ever have."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from data_pipeline.lock import PreparationEndedError
 from launch.job import JobFolder
-from launch.ranks import EXIT_REFUSED, PLACE
-from loglinear.errors import UserError
+from launch.ranks import PLACE
+from loglinear.errors import EXIT_REFUSED, UserError
 from loglinear.train.signals import StopRequest
 
 

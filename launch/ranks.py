@@ -19,10 +19,10 @@ from data_pipeline.background import end_with_parent
 from launch import slurm
 from launch.cluster import ClusterConfig
 from launch.job import JobFolder
+from loglinear.errors import EXIT_REFUSED
 
 # What a rank is told of its place, and what srun calls it.
 PLACE = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-EXIT_REFUSED = 2  # of a rank that a user's mistake ended
 POLL_SECONDS = 0.1
 KILL_SECONDS = 5.0  # that ranks have to end after one of them has failed
 PORTS = range(20_000, 32_768)  # for ranks to meet at; Linux gives connections those above

@@ -16,8 +16,9 @@ from types import FrameType
 
 from launch import slurm
 from launch.job import End, JobFolder, Outcome, Start, failures_in_a_row
-from launch.ranks import EXIT_REFUSED, LocalRanks, Ranks, Result, SlurmRanks
+from launch.ranks import LocalRanks, Ranks, Result, SlurmRanks
 from launch.sweep import update_report
+from loglinear.errors import EXIT_REFUSED
 
 LONGEST_PAUSE = 60.0  # seconds between restarts of a run that keeps failing
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -78,10 +79,9 @@ class _Supervisor:
 
     def _record_unseen_end(self) -> None:
         """The run may have made its last step unseen, by hand or as a node was lost; others wait for the word."""
-        last = max(self.job.attempts(), key=lambda event: event.attempt, default=None)
-        step, attempt = self.job.last_step(), 0 if last is None else last.attempt
+        step = self.job.last_step()
         if step >= self.steps and not self.job.has_finished():
-            reason = "seen when it was started again"
+            reason, attempt = "seen when it was started again", self._last_attempt()
             self.job.record(End(attempt=attempt, time=time.time(), step=step, outcome="finished", reason=reason))
 
     def _is_over(self) -> bool:
@@ -114,12 +114,16 @@ class _Supervisor:
             time.sleep(min(2.0 ** (failures - 1), LONGEST_PAUSE))
 
     def _start(self) -> Start:
-        attempt = 1 + max((event.attempt for event in self.job.attempts()), default=0)
+        attempt = 1 + self._last_attempt()
         self.job.logs(attempt).mkdir(parents=True, exist_ok=True)
         start = Start(attempt=attempt, time=time.time(), step=self.job.last_step(), nodes=self.ranks.nodes)
         self.job.record(start)
         print(f"attempt {attempt} on {', '.join(start.nodes)}: from step {start.step} of {self.steps}", flush=True)
         return start
+
+    def _last_attempt(self) -> int:
+        """Its number; 0 before the first."""
+        return max((event.attempt for event in self.job.attempts()), default=0)
 
     def _judge(self, start: Start, result: Result) -> End:
         step = self.job.last_step()

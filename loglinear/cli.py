@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from launch.commands import app as launch_app
-from loglinear.errors import UserError
+from loglinear.errors import EXIT_REFUSED, UserError
 from loglinear.experiments.commands import experiment
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; examples are in configs/.", metavar="CONFIG")]
@@ -344,4 +344,4 @@ def main() -> None:
     except UserError as error:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         typer.echo(f"loglinear{rank}: {error}", err=True)
-        sys.exit(2)
+        sys.exit(EXIT_REFUSED)

@@ -49,31 +49,18 @@ def recurrent_step(
     if _has_kernel(state, q, k, v, g, level_scales):
         return step_in_triton(state, q, k, v, g, level_scales, scale)
     with without_autocast(v.device):
-        return _recurrent_step(state, q, k, v, g, level_scales, scale)
+        dtype = state.buckets.dtype
+        per_group = v.shape[1] // q.shape[1]
+        q_bhn, k_bhn = (x.to(dtype).repeat_interleave(per_group, 1) for x in (q, k))
+        state = state.with_buckets(int(state.positions.max()).bit_length())
+        decayed_bhknp = state.buckets * g.to(dtype).exp()[..., None, None, None]
+        new_bhnp = k_bhn[..., :, None] * v.to(dtype)[..., None, :]
 
-
-def _recurrent_step(
-    state: LogLinearState,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    level_scales: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, LogLinearState]:
-    """`recurrent_step` in PyTorch."""
-    dtype = state.buckets.dtype
-    per_group = v.shape[1] // q.shape[1]
-    q_bhn, k_bhn = (x.to(dtype).repeat_interleave(per_group, 1) for x in (q, k))
-    state = state.with_buckets(int(state.positions.max()).bit_length())
-    decayed_bhknp = state.buckets * g.to(dtype).exp()[..., None, None, None]
-    new_bhnp = k_bhn[..., :, None] * v.to(dtype)[..., None, :]
-
-    occupied_bk = occupied_buckets(state.positions, state.buckets.shape[2]).to(v.device)
-    read_bhkp = torch.einsum("bhn,bhknp->bhkp", q_bhn * scale, decayed_bhknp) * occupied_bk[:, None, :, None]
-    own_bhp = torch.einsum("bhn,bhnp->bhp", q_bhn * scale, new_bhnp)
-    o_bhp = _weigh(own_bhp, read_bhkp, level_scales, state.positions)
-    return o_bhp.to(v.dtype), _carry(decayed_bhknp, new_bhnp, state.positions)
+        occupied_bk = occupied_buckets(state.positions, state.buckets.shape[2]).to(v.device)
+        read_bhkp = torch.einsum("bhn,bhknp->bhkp", q_bhn * scale, decayed_bhknp) * occupied_bk[:, None, :, None]
+        own_bhp = torch.einsum("bhn,bhnp->bhp", q_bhn * scale, new_bhnp)
+        o_bhp = _weigh(own_bhp, read_bhkp, level_scales, state.positions)
+        return o_bhp.to(v.dtype), _carry(decayed_bhknp, new_bhnp, state.positions)
 
 
 def recurrent_step_in_place(
